@@ -1,0 +1,145 @@
+// pybind11: names, argument names, docstrings; no arithmetic. Tensors arrive as addresses and sizes, checked in ops.py.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "exit_step.h"
+#ifdef E2CM_HAVE_CUDA
+#include "cuda/launch.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;  // of the first element; 0 stands for "none"
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+e2cm::Rows rows_at(Address data, int dtype, int64_t rows, int64_t dim, int64_t stride) {
+  return {at<const void>(data), static_cast<e2cm::DType>(dtype), rows, dim, stride};
+}
+
+void class_distances(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means,
+                     int means_dtype, int64_t classes, Address center, Address out, int threads) {
+  py::gil_scoped_release unlocked;
+  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, dim, dim), at<const float>(center), nullptr};
+  e2cm::class_distances(rows_at(x, x_dtype, rows, dim, x_stride), head, at<float>(out), threads);
+}
+
+void class_scores(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means, int means_dtype,
+                  int64_t classes, Address center, Address scale, Address confidence, Address prediction,
+                  Address log_probs, int threads) {
+  py::gil_scoped_release unlocked;
+  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, dim, dim), at<const float>(center),
+                              at<const float>(scale)};
+  const e2cm::Answers out{rows, classes, at<float>(confidence), at<int64_t>(prediction), nullptr, at<float>(log_probs)};
+  e2cm::class_scores(rows_at(x, x_dtype, rows, dim, x_stride), head, out, threads);
+}
+
+int64_t exit_step(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means, int means_dtype,
+                  int64_t classes, Address center, Address scale, int rule, float threshold, int64_t exit_number,
+                  Address ids, int64_t out_rows, Address confidence, Address prediction, Address exit,
+                  Address log_probs, Address keep, int threads) {
+  py::gil_scoped_release unlocked;
+  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, dim, dim), at<const float>(center),
+                              at<const float>(scale)};
+  const e2cm::Departure departure{static_cast<e2cm::Rule>(rule), threshold, exit_number, at<const int64_t>(ids)};
+  const e2cm::Answers out{
+      out_rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
+  return e2cm::exit_step(rows_at(x, x_dtype, rows, dim, x_stride), head, departure, out, at<int64_t>(keep), threads);
+}
+
+int64_t decide(Address scores, int scores_dtype, int64_t rows, int64_t classes, int64_t scores_stride, Address scale,
+               int rule, float threshold, int64_t exit_number, Address ids, int64_t out_rows, Address confidence,
+               Address prediction, Address exit, Address log_probs, Address keep, int threads) {
+  py::gil_scoped_release unlocked;
+  const e2cm::Departure departure{static_cast<e2cm::Rule>(rule), threshold, exit_number, at<const int64_t>(ids)};
+  const e2cm::Answers out{
+      out_rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
+  return e2cm::decide(rows_at(scores, scores_dtype, rows, classes, scores_stride), at<const float>(scale), departure,
+                      out, at<int64_t>(keep), threads);
+}
+
+int64_t kept_rows(Address mask, int64_t rows, Address keep) {
+  py::gil_scoped_release unlocked;
+  return e2cm::kept_rows(at<const uint8_t>(mask), rows, at<int64_t>(keep));
+}
+
+void gather_rows(Address source, int64_t row_bytes, int64_t source_stride, Address index, int64_t count, Address target,
+                 int threads) {
+  py::gil_scoped_release unlocked;
+  e2cm::gather_rows(at<const void>(source), row_bytes, source_stride, at<const int64_t>(index), count, at<void>(target),
+                    threads);
+}
+
+#ifdef E2CM_HAVE_CUDA
+void cuda_gather_rows(Address source, int64_t row_bytes, int64_t source_stride, Address index, int64_t count,
+                      Address target, Address stream) {
+  py::gil_scoped_release unlocked;
+  const cudaError_t error =
+      e2cm::cuda::launch_gather_rows(at<const void>(source), row_bytes, source_stride, at<const int64_t>(index), count,
+                                     at<void>(target), reinterpret_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("gather_rows: ") + cudaGetErrorString(error));
+}
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = E2CM_VERSION;
+  info["compiler"] = E2CM_COMPILER;
+  info["isa"] = e2cm::isa_in_use();
+  info["isa_available"] = py::str(e2cm::isa_available()).attr("split")(",");
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#ifdef E2CM_HAVE_CUDA
+  info["cuda_archs"] = py::str(E2CM_CUDA_ARCHS).attr("replace")(";", ",").attr("split")(",");
+#else
+  info["cuda_archs"] = py::list();
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  m.doc() = "Kernels of e2cm_ext. Addresses and sizes in, numbers out; nothing here is checked: use e2cm_ext.ops.";
+  e2cm::isa_in_use();  // a wrong E2CM_ISA is told at import, not in the middle of the first batch
+
+  m.def("class_distances", &class_distances, "Distances of all rows to all means, [rows, classes] float32.",
+        py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
+        py::arg("means_dtype"), py::arg("classes"), py::arg("center"), py::arg("out"), py::arg("threads"));
+  m.def("class_scores", &class_scores, "Confidence, prediction and log-probabilities of all rows.", py::arg("x"),
+        py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
+        py::arg("means_dtype"), py::arg("classes"), py::arg("center"), py::arg("scale"), py::arg("confidence"),
+        py::arg("prediction"), py::arg("log_probs"), py::arg("threads"));
+  m.def("exit_step", &exit_step, "Answers of the rows that leave; returns how many stay, their numbers in keep.",
+        py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
+        py::arg("means_dtype"), py::arg("classes"), py::arg("center"), py::arg("scale"), py::arg("rule"),
+        py::arg("threshold"), py::arg("exit_number"), py::arg("ids"), py::arg("out_rows"), py::arg("confidence"),
+        py::arg("prediction"), py::arg("exit"), py::arg("log_probs"), py::arg("keep"), py::arg("threads"));
+  m.def("decide", &decide, "exit_step for scores that another head has made.", py::arg("scores"),
+        py::arg("scores_dtype"), py::arg("rows"), py::arg("classes"), py::arg("scores_stride"), py::arg("scale"),
+        py::arg("rule"), py::arg("threshold"), py::arg("exit_number"), py::arg("ids"), py::arg("out_rows"),
+        py::arg("confidence"), py::arg("prediction"), py::arg("exit"), py::arg("log_probs"), py::arg("keep"),
+        py::arg("threads"));
+  m.def("kept_rows", &kept_rows, "The numbers of the true bytes of mask; returns their count.", py::arg("mask"),
+        py::arg("rows"), py::arg("keep"));
+  m.def("gather_rows", &gather_rows, "target[i] = source[index[i]], row by row.", py::arg("source"),
+        py::arg("row_bytes"), py::arg("source_stride"), py::arg("index"), py::arg("count"), py::arg("target"),
+        py::arg("threads"));
+#ifdef E2CM_HAVE_CUDA
+  m.def("cuda_gather_rows", &cuda_gather_rows, "gather_rows on a CUDA stream; addresses are of device memory.",
+        py::arg("source"), py::arg("row_bytes"), py::arg("source_stride"), py::arg("index"), py::arg("count"),
+        py::arg("target"), py::arg("stream"));
+#endif
+  m.def("build_info", &build_info, "How this module was built, and the instruction set it uses.");
+}

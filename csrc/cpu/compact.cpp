@@ -1,0 +1,27 @@
+// Survivors move together: their numbers first, then their rows, in their old order.
+#include <cstring>
+
+#include "../exit_step.h"
+#include "parallel.h"
+
+namespace e2cm {
+
+int64_t kept_rows(const uint8_t* mask, int64_t rows, int64_t* keep) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < rows; ++i) {  // written always, counted if kept: no branch to mispredict
+    keep[count] = i;
+    count += mask[i] != 0;
+  }
+  return count;
+}
+
+void gather_rows(const void* source, int64_t row_bytes, int64_t source_stride, const int64_t* index, int64_t count,
+                 void* target, int threads) {
+  const char* const from = static_cast<const char*>(source);
+  char* const to = static_cast<char*>(target);
+  parallel_for(count, useful_threads(threads, count * row_bytes / 2), [&](int64_t i, int) {
+    std::memcpy(to + i * row_bytes, from + index[i] * source_stride, static_cast<size_t>(row_bytes));
+  });
+}
+
+}  // namespace e2cm

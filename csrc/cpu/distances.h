@@ -1,0 +1,34 @@
+// All squared norms and products between the rows of a batch and the class means, and the distances they give.
+#pragma once
+
+#include "../exit_step.h"
+#include "buffer.h"
+
+namespace e2cm {
+
+class Distances {
+ public:
+  Distances(const Rows& x, const ClassMeans& head, int threads);
+
+  // out[k * kLanes + lane] = distance of row first + lane to mean k, over scale[k] if there are scales. `first` is a
+  // multiple of kLanes; lanes behind the last row hold nothing of meaning.
+  void lanes(int64_t first, float* out) const;
+
+ private:
+  struct Plan;
+  void compute(const Plan& plan);
+  void work_item(const Plan& plan, int64_t item, float* scratch);
+  float the_long_way(int64_t row, int64_t mean) const;
+
+  const Rows x_;
+  const ClassMeans head_;
+  const int64_t splits_;      // D is cut into this many parts, a number that depends on D alone
+  const int64_t row_stride_;  // rows, rounded up to whole lanes
+  const int64_t size_;        // of all sums together: one piece of memory, since a small call is mostly allocation
+  Buffer<double> sums_;
+  double* const products_;    // [splits, means, row_stride]
+  double* const row_norms_;   // [splits, row_stride]
+  double* const mean_norms_;  // [splits, means]
+};
+
+}  // namespace e2cm

@@ -1,0 +1,161 @@
+// Scores to answers: softmax, rule, who leaves, whose answer goes where. Works on kLanes rows at a time, one per lane.
+#include "../exit_step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "buffer.h"
+#include "distances.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace e2cm {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+bool usable(float scale) { return scale > 0 && scale < kInfinity; }
+
+// What softmax_lanes says of kLanes rows, and how to write it down.
+struct LaneAnswers {
+  float best[kLanes], sum[kLanes], weighted[kLanes];
+  int64_t prediction[kLanes];
+
+  LaneAnswers(const float* penalties, int64_t classes) {
+    kernels().softmax_lanes(penalties, classes, best, prediction, sum, weighted);
+  }
+
+  bool leaves(int lane, Rule rule, float threshold) const {  // false for a NaN, whatever the threshold
+    if (rule == Rule::confidence) return 1 / sum[lane] > threshold;
+    return std::log(sum[lane]) - weighted[lane] / sum[lane] < threshold;
+  }
+
+  // rows[lane] is the row of `out` that this lane's answer goes to, or -1.
+  void write(const float* penalties, const int64_t* rows, int64_t exit_number, const Answers& out) const {
+    for (int j = 0; j < kLanes; ++j) {
+      if (rows[j] < 0) continue;
+      out.confidence[rows[j]] = 1 / sum[j];
+      out.prediction[rows[j]] = prediction[j];
+      if (out.exit) out.exit[rows[j]] = exit_number;
+    }
+    if (!out.log_probs) return;
+    float log_sum[kLanes];
+    for (int j = 0; j < kLanes; ++j) log_sum[j] = std::log(sum[j]);
+    for (int64_t begin = 0; begin < out.classes; begin += kLanes) {  // square pieces: both sides stay in cache
+      const int64_t end = std::min(begin + kLanes, out.classes);
+      for (int j = 0; j < kLanes; ++j) {
+        if (rows[j] < 0) continue;
+        float* const target = out.log_probs + rows[j] * out.classes;
+        for (int64_t k = begin; k < end; ++k) target[k] = (best[j] - penalties[k * kLanes + j]) - log_sum[j];
+      }
+    }
+  }
+};
+
+// Calls body(first row, number of rows, penalties) for every kLanes rows; fill(first row, penalties) makes them.
+template <class Fill, class Body>
+void for_lanes(int64_t rows, int64_t classes, int threads, const Fill& fill, const Body& body) {
+  const int useful = useful_threads(threads, rows * classes * 16);
+  Buffer<float> penalties(useful * classes * kLanes);
+  parallel_for((rows + kLanes - 1) / kLanes, useful, [&](int64_t piece, int thread) {
+    float* const z = penalties.get() + thread * classes * kLanes;
+    const int64_t first = piece * kLanes;
+    fill(first, z);
+    body(first, std::min(kLanes, rows - first), z);
+  });
+}
+
+void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= rows)
+      throw std::out_of_range("`ids` holds " + std::to_string(ids[i]) + " at place " + std::to_string(i) +
+                              ", but `out` has rows 0 to " + std::to_string(rows - 1));
+}
+
+// The common end of exit_step and decide.
+template <class Fill>
+int64_t depart(int64_t rows, int64_t classes, const Departure& departure, const Answers& out, int64_t* keep,
+               int threads, const Fill& fill) {
+  Buffer<uint8_t> stays(rows);
+  for_lanes(rows, classes, threads, fill, [&](int64_t first, int64_t count, const float* penalties) {
+    const LaneAnswers answers(penalties, classes);
+    int64_t target[kLanes];
+    for (int j = 0; j < kLanes; ++j) {
+      const bool leaves = j < count && answers.leaves(j, departure.rule, departure.threshold);
+      target[j] = leaves ? departure.ids[first + j] : -1;
+      if (j < count) stays[first + j] = !leaves;
+    }
+    answers.write(penalties, target, departure.exit_number, out);
+  });
+  return kept_rows(stays.get(), rows, keep);
+}
+
+// Distances over scales, with the classes that have no mean made impossible.
+auto penalties_of(const Distances& distances, const float* scale, int64_t classes) {
+  return [&distances, scale, classes](int64_t first, float* out) {
+    distances.lanes(first, out);
+    for (int64_t k = 0; k < classes; ++k)
+      if (!usable(scale[k])) std::fill_n(out + k * kLanes, kLanes, kInfinity);
+  };
+}
+
+}  // namespace
+
+void class_distances(const Rows& x, const ClassMeans& head, float* out, int threads) {
+  const int64_t classes = head.means.rows;
+  const ClassMeans unscaled{head.means, head.center, nullptr};
+  const Distances distances(x, unscaled, threads);
+  const auto fill = [&](int64_t first, float* z) { distances.lanes(first, z); };
+  for_lanes(x.rows, classes, threads, fill, [&](int64_t first, int64_t count, const float* z) {
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t k = 0; k < classes; ++k) out[(first + j) * classes + k] = z[k * kLanes + j];
+  });
+}
+
+void class_scores(const Rows& x, const ClassMeans& head, const Answers& out, int threads) {
+  const Distances distances(x, head, threads);
+  for_lanes(x.rows, out.classes, threads, penalties_of(distances, head.scale, out.classes),
+            [&](int64_t first, int64_t count, const float* penalties) {
+              const LaneAnswers answers(penalties, out.classes);
+              int64_t target[kLanes];
+              for (int j = 0; j < kLanes; ++j) target[j] = j < count ? first + j : -1;
+              answers.write(penalties, target, 0, out);
+            });
+}
+
+int64_t exit_step(const Rows& x, const ClassMeans& head, const Departure& departure, const Answers& out, int64_t* keep,
+                  int threads) {
+  check_ids(departure.ids, x.rows, out.rows);
+  const Distances distances(x, head, threads);
+  return depart(x.rows, out.classes, departure, out, keep, threads, penalties_of(distances, head.scale, out.classes));
+}
+
+int64_t decide(const Rows& scores, const float* scale, const Departure& departure, const Answers& out, int64_t* keep,
+               int threads) {
+  check_ids(departure.ids, scores.rows, out.rows);
+  const int64_t classes = scores.dim, size = scores.dtype == DType::f32 ? 4 : 2;
+  const auto fill = [&](int64_t first, float* z) {
+    const int64_t count = std::min(kLanes, scores.rows - first);
+    float row[kBlock];
+    double unused = 0;
+    for (int64_t begin = 0; begin < classes; begin += kBlock) {
+      const int64_t n = std::min(kBlock, classes - begin);
+      for (int64_t j = 0; j < count; ++j) {
+        kernels().load_block(static_cast<const char*>(scores.data) + ((first + j) * scores.stride + begin) * size,
+                             scores.dtype, 0, nullptr, 1, n, row, &unused, nullptr, 0, nullptr, 0);
+        float* const column = z + begin * kLanes + j;
+        for (int64_t k = 0; k < n; ++k) column[k * kLanes] = scale ? row[k] / scale[begin + k] : -row[k];
+      }
+    }
+    for (int64_t k = 0; k < classes; ++k) {
+      if (scale && !usable(scale[k])) std::fill_n(z + k * kLanes, kLanes, kInfinity);
+      std::fill(z + k * kLanes + count, z + (k + 1) * kLanes, 0.f);  // lanes without a row: anything finite
+    }
+  };
+  return depart(scores.rows, classes, departure, out, keep, threads, fill);
+}
+
+}  // namespace e2cm

@@ -1,0 +1,44 @@
+// The two 16-bit storage types, and how one number of each becomes a float. Included inside every unit's anonymous
+// namespace rules: all of it is static, so no unit's copy can stand in for another's.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// Left alone, a compiler folds a load into each instruction that uses it, and reads memory as often as it is used.
+#if defined(__GNUC__) || defined(__clang__)
+#define E2CM_IN_REGISTER(value, kind) __asm__("" : "+" kind(value))
+#else
+#define E2CM_IN_REGISTER(value, kind) static_cast<void>(0)
+#endif
+
+namespace e2cm {
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(bf16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
+
+inline float to_float(f16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t rest = value.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));  // infinity, NaN
+  if (rest >= 0x0400u) return from_bits(sign | ((rest << 13) + (112u << 23)));          // normal: move the bias
+  const float magnitude = static_cast<float>(rest) * 5.9604644775390625e-8f;            // subnormal: rest * 2^-24
+  return sign ? -magnitude : magnitude;
+}
+
+}  // namespace
+}  // namespace e2cm

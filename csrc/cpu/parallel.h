@@ -1,0 +1,31 @@
+// One loop over independent pieces of work, on as many threads as the caller allows.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace e2cm {
+
+// Starting threads costs some microseconds: no more of them than there is work for. `work` is in multiply-adds.
+inline int useful_threads(int allowed, int64_t work) {
+  const int64_t most = 1 + work / (int64_t{1} << 19);
+  return static_cast<int>(allowed < most ? allowed : most);
+}
+
+// body(index, thread) for every index below count; must not throw.
+template <class Body>
+void parallel_for(int64_t count, int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && count > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < count; ++i) body(i, omp_get_thread_num());
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < count; ++i) body(i, 0);
+}
+
+}  // namespace e2cm

@@ -1,0 +1,260 @@
+"""What the ops demand of their arguments. Every error names the argument, what came, and what is wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .decisions import Decisions
+
+FEATURE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+RULES = {"confidence": 0, "entropy": 1}
+# Looked up once: an attribute of a module costs as much as one of these checks.
+_STRIDED, _FLOAT32, _INT64 = torch.strided, torch.float32, torch.int64
+
+
+def usual_exit_step(
+    x: Tensor, means: Tensor, scale: Tensor, ids: Tensor, out: Decisions, center: Tensor | None
+) -> bool:
+    """One quick look for what nearly every call brings: plain float32 tensors on the CPU, contiguous, shapes that fit.
+
+    True: nothing is left to check or to convert. False: look at one argument after the other, with the functions below,
+    which take four times as long: as long as the kernel itself for a small batch.
+    """
+    try:
+        prediction, confidence, exit, log_probs = out
+        rows, dim = x.shape
+        classes = means.shape[0]
+        count = prediction.shape
+        return (
+            x.dtype is means.dtype is scale.dtype is confidence.dtype is _FLOAT32
+            and ids.dtype is prediction.dtype is exit.dtype is _INT64
+            and not (x.is_neg() or means.is_neg() or scale.is_neg())
+            and x.is_cpu and means.is_cpu and scale.is_cpu and ids.is_cpu
+            and prediction.is_cpu and confidence.is_cpu and exit.is_cpu
+            and classes > 0
+            and means.shape == (classes, dim)
+            and scale.shape == (classes,)
+            and ids.shape == (rows,)
+            and len(count) == 1
+            and count == confidence.shape == exit.shape
+            and x.is_contiguous() and means.is_contiguous() and scale.is_contiguous() and ids.is_contiguous()
+            and prediction.is_contiguous() and confidence.is_contiguous() and exit.is_contiguous()
+            and (
+                center is None
+                or (
+                    center.dtype is _FLOAT32
+                    and center.is_cpu
+                    and center.shape == (dim,)
+                    and center.is_contiguous()
+                )
+            )
+            and (
+                log_probs is None
+                or (
+                    log_probs.dtype is _FLOAT32
+                    and log_probs.is_cpu
+                    and log_probs.shape == (count[0], classes)
+                    and log_probs.is_contiguous()
+                )
+            )
+        )  # fmt: skip
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
+class Batch(NamedTuple):
+    """A batch as the kernels see it: rows of `dim` numbers, dense inside, `stride` numbers apart."""
+
+    tensor: Tensor
+    dtype: int  # a code of FEATURE_DTYPES, -1 for any other
+    rows: int
+    dim: int
+    stride: int
+    channels_last: bool
+
+
+def batch(name: str, x: Tensor) -> Batch:
+    """x [B, ...] of any dtype, without a copy wherever each sample is dense in NCHW or channels_last order."""
+    x = strided(name, x, "a tensor [batch, ...]")
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(f"`{name}` has shape {list(shape)}; wanted [batch, features ...]: unsqueeze what is missing")
+    code = FEATURE_DTYPES.get(x.dtype, -1)
+    dim = math.prod(shape[1:])
+    if x.is_contiguous():
+        return Batch(x, code, shape[0], dim, dim, False)
+    last = is_channels_last(x)
+    if not last and not _dense(x, range(len(shape) - 1, 0, -1)):
+        return Batch(x.contiguous(), code, shape[0], dim, dim, False)
+    return Batch(x, code, shape[0], dim, x.stride(0), last)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Is each sample dense with its channels innermost, and not in the usual order too? Asks nothing of the batch."""
+    n = x.dim()
+    return n in (4, 5) and not _dense(x, range(n - 1, 0, -1)) and _dense(x, (1, *range(n - 1, 1, -1)))
+
+
+def _dense(x: Tensor, innermost_first: Iterable[int]) -> bool:
+    expected = 1
+    for d in innermost_first:
+        if x.shape[d] != 1 and x.stride(d) != expected:
+            return False
+        expected *= x.shape[d]
+    return True
+
+
+def strided(name: str, value: Tensor, wanted: str) -> Tensor:
+    """A tensor that is memory with strides, and not a lazy negative or conjugate of it."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` is a {type(value).__name__}; wanted {wanted}")
+    if value.layout is not _STRIDED:
+        raise TypeError(f"`{name}` has layout {value.layout}; wanted {wanted}, strided: call .to_dense()")
+    return value.resolve_conj().resolve_neg() if value.is_conj() or value.is_neg() else value
+
+
+def features(name: str, x: Tensor) -> Batch:
+    found = batch(name, x)
+    if found.dtype < 0:
+        raise TypeError(f"`{name}` is {x.dtype}; wanted float32, bfloat16 or float16: call .float()")
+    return found
+
+
+def channels_last_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
+def in_order_of(x: Batch, rows: Tensor) -> Tensor:
+    """rows [N, ...] in the memory order of x: free if they are stored that way, a copy if not."""
+    if not x.channels_last:
+        return rows if rows.is_contiguous() else rows.contiguous()
+    return rows.reshape(-1, *x.tensor.shape[1:]).contiguous(memory_format=channels_last_format(x.tensor))
+
+
+def class_means(x: Batch, means: Tensor) -> tuple[Tensor, int, int]:
+    """The means in the memory order of x, their dtype's code, their number."""
+    means = strided("means", means, "a tensor [classes, ...]")
+    code = FEATURE_DTYPES.get(means.dtype, -1)
+    if code < 0:
+        raise TypeError(f"`means` is {means.dtype}; wanted float32, bfloat16 or float16: call .float()")
+    same_device("means", means, x.tensor)
+    shape, wanted = means.shape, x.tensor.shape
+    if len(shape) < 2 or shape[0] < 1 or (shape[1:] != wanted[1:] and shape[1:] != (x.dim,)):
+        raise ValueError(
+            f"`means` has shape {list(shape)}; wanted [classes, ...] with classes >= 1 and, behind it, the shape of "
+            f"one sample of `x`, {list(wanted[1:])}, or its {x.dim} features in a row"
+        )
+    return in_order_of(x, means), code, shape[0]
+
+
+def center(x: Batch, center: Tensor | None) -> Tensor | None:
+    """The center as float32 in the memory order of x."""
+    if center is None:
+        return None
+    center = strided("center", center, "a float32 tensor [features] or None")
+    if not center.is_floating_point():
+        raise TypeError(f"`center` is a {_kind(center)}; wanted a float32 tensor [features] or None")
+    same_device("center", center, x.tensor)
+    shape = center.shape
+    if shape != (x.dim,) and shape != x.tensor.shape[1:]:
+        raise ValueError(
+            f"`center` has shape {list(shape)}; wanted that of one sample of `x`, "
+            f"{list(x.tensor.shape[1:])}, or [{x.dim}]"
+        )
+    if center.dtype is _FLOAT32 and not x.channels_last and center.is_contiguous():
+        return center
+    return in_order_of(x, center.float()[None])
+
+
+def scales(name: str, scale: Tensor, classes: int, like: Tensor) -> Tensor:
+    scale = strided(name, scale, f"a float32 tensor [{classes}]")
+    if not scale.is_floating_point():
+        raise TypeError(f"`{name}` is a {_kind(scale)}; wanted a float32 tensor [{classes}]")
+    same_device(name, scale, like)
+    if scale.shape != (classes,):
+        raise ValueError(f"`{name}` has shape {list(scale.shape)}; wanted [{classes}], one number per class")
+    return scale if scale.dtype is _FLOAT32 and scale.is_contiguous() else scale.float().contiguous()
+
+
+def threshold_value(threshold: float | Tensor) -> float:
+    if type(threshold) is float and threshold == threshold:  # the usual case
+        return threshold
+    if isinstance(threshold, Tensor) and threshold.numel() != 1:
+        raise ValueError(f"`threshold` has shape {list(threshold.shape)}; wanted one number for this exit")
+    try:
+        value = float(threshold)
+    except (TypeError, ValueError):
+        raise TypeError(f"`threshold` is a {_kind(threshold)}; wanted a number") from None
+    if math.isnan(value):
+        raise ValueError("`threshold` is NaN; wanted a number, or +-inf for an exit that never or always fires")
+    return value
+
+
+def rule_code(rule: str) -> int:
+    code = RULES.get(rule)
+    if code is None:
+        raise ValueError(f"`rule` is {rule!r}; wanted one of {', '.join(map(repr, RULES))}")
+    return code
+
+
+def sample_ids(ids: Tensor, rows: int, like: Tensor) -> Tensor:
+    ids = strided("ids", ids, f"an int64 tensor [{rows}]")
+    if ids.dtype is not _INT64:
+        raise TypeError(f"`ids` is a {_kind(ids)}; wanted an int64 tensor [{rows}]")
+    same_device("ids", ids, like)
+    if ids.shape != (rows,):
+        raise ValueError(f"`ids` has shape {list(ids.shape)}; wanted [{rows}], one per sample of `x`")
+    return ids if ids.is_contiguous() else ids.contiguous()
+
+
+def decisions(out: Decisions, classes: int, like: Tensor) -> int:
+    """Checks the tensors that answers are written into; returns the number of their rows."""
+    try:
+        prediction, confidence, exit, log_probs = out
+    except (TypeError, ValueError):
+        raise TypeError(f"`out` is a {type(out).__name__}; wanted Decisions: see Decisions.empty") from None
+    shape = _room("prediction", prediction, _INT64, None, like)
+    _room("confidence", confidence, _FLOAT32, shape, like)
+    _room("exit", exit, _INT64, shape, like)
+    if log_probs is not None:
+        _room("log_probs", log_probs, _FLOAT32, (shape[0], classes), like)
+    return shape[0]
+
+
+def _room(
+    name: str, tensor: Tensor, dtype: torch.dtype, wanted: tuple[int, ...] | None, like: Tensor
+) -> tuple[int, ...]:
+    if strided(f"out.{name}", tensor, f"{dtype}: see Decisions.empty") is not tensor or tensor.dtype is not dtype:
+        raise TypeError(f"`out.{name}` is a {_kind(tensor)}; wanted {dtype}: see Decisions.empty")
+    shape = tensor.shape
+    if shape != wanted and (wanted is not None or len(shape) != 1):
+        what = "[samples]" if wanted is None else list(wanted)
+        raise ValueError(f"`out.{name}` has shape {list(shape)}; wanted {what}: see Decisions.empty")
+    if not tensor.is_contiguous():
+        raise ValueError(f"`out.{name}` is not contiguous; answers are written in place: see Decisions.empty")
+    same_device(f"out.{name}", tensor, like)
+    return shape
+
+
+def keep_mask(keep: Tensor, rows: int, like: Tensor) -> Tensor:
+    keep = strided("keep", keep, f"a bool tensor [{rows}]")
+    if keep.dtype is not torch.bool:
+        raise TypeError(f"`keep` is a {_kind(keep)}; wanted a bool tensor [{rows}]")
+    same_device("keep", keep, like)
+    if keep.shape != (rows,):
+        raise ValueError(f"`keep` has shape {list(keep.shape)}; wanted [{rows}], one per sample of `x`")
+    return keep.contiguous()
+
+
+def same_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if not (tensor.is_cpu and like.is_cpu) and tensor.device != like.device:
+        raise ValueError(f"`{name}` is on {tensor.device}, `x` on {like.device}; wanted both on one device")
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__

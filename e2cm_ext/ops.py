@@ -1,0 +1,403 @@
+"""The kernels: tensors in, tensors out.
+
+On the CPU a call goes straight to the compiled module; on other devices the same functions of `reference` run. Inside
+torch.compile, torch.export and fake tensors a call becomes an operator of the library `e2cm_ext`. Features may be
+float32, bfloat16 or float16, [B, ...] in NCHW or channels_last order; they are not copied. All arithmetic is float32 or
+wider, and a sample's answer is the same bits whatever the number of threads and whatever batch it sits in.
+
+A sample with a NaN or an infinity among its features (or with features whose squares leave the range of float32) gets
+NaN for a confidence and never leaves. A class whose scale is not a positive finite number has no mean: it is never
+predicted. Ties go to the lowest class. Results carry no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native, checks, reference
+from .decisions import Decisions
+
+__all__ = ["ClassScores", "class_distances", "class_scores", "compact", "decide", "exit_step"]
+
+# Looked up once: an attribute of a module costs as much as one of the checks below.
+_is_compiling = torch.compiler.is_compiling
+_active_modes = torch._C._len_torch_dispatch_stack
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+class ClassScores(NamedTuple):
+    confidence: Tensor  # [B] float32: the largest probability
+    prediction: Tensor  # [B] int64
+    log_probs: Tensor  # [B, K] float32
+
+
+def class_distances(x: Tensor, means: Tensor, center: Tensor | None = None) -> Tensor:
+    """Euclidean distances [B, K] float32 of every sample to every class mean.
+
+    `center` is any vector near the data, best the average of the means. It changes no result but what rounding does to
+    it: with features that share a large offset the fast way of computing a distance cancels, which is noticed and
+    mended the slow way; a center avoids it.
+    """
+    if _traced(x, means, center):
+        distances: Tensor = _class_distances_op(x, means, center)
+        return distances
+    return _class_distances(x, means, center)
+
+
+def class_scores(x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None = None) -> ClassScores:
+    """softmax over k of -||x[b] - means[k]|| / scale[k]: confidence, prediction and log-probabilities of every sample.
+
+    x [B, ...]; means [K, ...] in the shape of x's samples, or [K, D], fastest if stored in x's memory order;
+    scale [K]: the average distance of the training samples to that mean; `center`: see class_distances.
+    """
+    if _traced(x, means, scale, center):
+        return ClassScores(*_class_scores_op(x, means, scale, center))
+    return ClassScores(*_class_scores(x, means, scale, center))
+
+
+def exit_step(
+    x: Tensor,
+    means: Tensor,
+    scale: Tensor,
+    threshold: float | Tensor,
+    ids: Tensor,
+    out: Decisions,
+    center: Tensor | None = None,
+    *,
+    rule: str = "confidence",
+    exit: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """One exit, whole: class_scores, the rule, the leavers' answers, and the survivors moved together.
+
+    Sample b has the number ids[b]; if it leaves, its answer is written into row ids[b] of `out` (ids must be distinct)
+    with `exit` as the number of the exit. It leaves if its confidence is strictly above the threshold (compared in
+    float32), or, with rule="entropy", if the entropy of its probabilities (natural logarithm) is strictly below.
+
+    Returns the survivors, in their old order and memory format, and their ids. If all survive these are `x` and `ids`
+    themselves, not copies.
+    """
+    if _traced(x, means, scale, ids, center, out=out):
+        result: tuple[Tensor, Tensor] = _exit_step_op(
+            x, means, scale, _threshold_tensor(threshold), ids, *out, center, rule, exit
+        )
+        return result
+    return _exit_step(x, means, scale, threshold, ids, out, center, rule, exit)
+
+
+def decide(
+    x: Tensor,
+    scores: Tensor,
+    threshold: float | Tensor,
+    ids: Tensor,
+    out: Decisions,
+    *,
+    scale: Tensor | None = None,
+    rule: str = "confidence",
+    exit: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """exit_step for the scores [B, K] that any other head has made of x.
+
+    `scores` are logits; with `scale` [K] they are distances, and -scores / scale are the logits. A logit of -inf rules
+    its class out; a row with a NaN or +inf never leaves.
+    """
+    if _traced(x, scores, ids, scale, out=out):
+        result: tuple[Tensor, Tensor] = _decide_op(
+            x, scores, _threshold_tensor(threshold), ids, *out, scale, rule, exit
+        )
+        return result
+    return _decide(x, scores, threshold, ids, out, scale, rule, exit)
+
+
+def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples of x (any dtype) where keep [B] is true, in their old order and memory format, and their numbers."""
+    if _traced(x, keep):
+        result: tuple[Tensor, Tensor] = _compact_op(x, keep)
+        return result
+    return _compact(x, keep)
+
+
+# ---- eager: check, allocate, call -----------------------------------------------------------------------------------
+
+
+def _traced(*tensors: Tensor | None, out: Decisions | tuple[()] = ()) -> bool:
+    """Is this call to be seen by torch: by a compiler, a dispatch mode, a tensor that is not plain memory?"""
+    if _is_compiling() or _active_modes():
+        return True
+    if isinstance(out, tuple):
+        tensors += out
+    if _PLAIN.issuperset(map(type, tensors)):
+        return False
+    return any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in tensors)
+
+
+def _class_distances(x: Tensor, means: Tensor, center: Tensor | None) -> Tensor:
+    f = checks.features("x", x)
+    m, m_dtype, classes = checks.class_means(f, means)
+    center = checks.center(f, center)
+    if not x.is_cpu:
+        return reference.class_distances(x, _like_x(x, means), center).float()
+    out = _floats(f.rows, classes)
+    _native.class_distances(
+        f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride, m.data_ptr(), m_dtype, classes, _address(center),
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _class_scores(x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    f = checks.features("x", x)
+    m, m_dtype, classes = checks.class_means(f, means)
+    scale = checks.scales("scale", scale, classes, x)
+    center = checks.center(f, center)
+    if not x.is_cpu:
+        return reference.class_scores(x, _like_x(x, means), scale, center)
+    confidence, prediction, log_probs = _floats(f.rows), _integers(f.rows), _floats(f.rows, classes)
+    _native.class_scores(
+        f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride, m.data_ptr(), m_dtype, classes, _address(center),
+        scale.data_ptr(), confidence.data_ptr(), prediction.data_ptr(), log_probs.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return confidence, prediction, log_probs
+
+
+def _exit_step(
+    x: Tensor,
+    means: Tensor,
+    scale: Tensor,
+    threshold: float | Tensor,
+    ids: Tensor,
+    out: Decisions,
+    center: Tensor | None,
+    rule: str,
+    exit: int,
+) -> tuple[Tensor, Tensor]:
+    limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
+    if checks.usual_exit_step(x, means, scale, ids, out, center):
+        rows, dim = x.shape
+        f = checks.Batch(x, 0, rows, dim, dim, False)
+        m_dtype, classes, out_rows = 0, means.shape[0], out[0].shape[0]
+    else:
+        f = checks.features("x", x)
+        means, m_dtype, classes = checks.class_means(f, means)
+        scale = checks.scales("scale", scale, classes, x)
+        center = checks.center(f, center)
+        ids = checks.sample_ids(ids, f.rows, x)
+        out_rows = checks.decisions(out, classes, x)
+        if not x.is_cpu:
+            means = _like_x(x, means)
+            return reference.exit_step(x, means, scale, limit, ids, out, center, rule=rule, exit=exit)
+    keep = _integers(f.rows)
+    prediction, confidence, exited, log_probs = out
+    count = _native.exit_step(
+        f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride, means.data_ptr(), m_dtype, classes, _address(center),
+        scale.data_ptr(), code, limit, exit, ids.data_ptr(), out_rows, confidence.data_ptr(), prediction.data_ptr(),
+        exited.data_ptr(), _address(log_probs), keep.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return _survivors(x, f, ids, keep, count)
+
+
+def _decide(
+    x: Tensor,
+    scores: Tensor,
+    threshold: float | Tensor,
+    ids: Tensor,
+    out: Decisions,
+    scale: Tensor | None,
+    rule: str,
+    exit: int,
+) -> tuple[Tensor, Tensor]:
+    f = checks.batch("x", x)
+    s = checks.features("scores", scores)
+    if scores.dim() != 2 or s.rows != f.rows or s.dim < 1:
+        raise ValueError(f"`scores` has shape {list(scores.shape)}; wanted [{f.rows}, classes], one row per sample")
+    checks.same_device("scores", scores, x)
+    if scale is not None:
+        scale = checks.scales("scale", scale, s.dim, x)
+    limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
+    ids = checks.sample_ids(ids, f.rows, x)
+    out_rows = checks.decisions(out, s.dim, x)
+    if not x.is_cpu:
+        return reference.decide(x, scores, limit, ids, out, scale=scale, rule=rule, exit=exit)
+    keep = _integers(f.rows)
+    prediction, confidence, exited, log_probs = out
+    count = _native.decide(
+        s.tensor.data_ptr(), s.dtype, s.rows, s.dim, s.stride, _address(scale), code, limit,
+        exit, ids.data_ptr(), out_rows, confidence.data_ptr(), prediction.data_ptr(), exited.data_ptr(),
+        _address(log_probs), keep.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return _survivors(x, f, ids, keep, count)
+
+
+def _compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    f = checks.batch("x", x)
+    keep = checks.keep_mask(keep, f.rows, x)
+    if not x.is_cpu:
+        return reference.compact(x, keep)
+    index = _integers(f.rows)
+    count = _native.kept_rows(keep.data_ptr(), f.rows, index.data_ptr())
+    index = index[:count].clone()
+    return _take(f, index), index
+
+
+def _survivors(x: Tensor, f: checks.Batch, ids: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    if count == f.rows:
+        return x, ids
+    if count == 0:
+        return _empty_rows(f, 0), ids.new_empty(0)
+    index = keep[:count]
+    kept_ids = _integers(count)
+    _native.gather_rows(ids.data_ptr(), 8, 8, index.data_ptr(), count, kept_ids.data_ptr(), 1)
+    return _take(f, index), kept_ids
+
+
+def _take(f: checks.Batch, index: Tensor) -> Tensor:
+    """Rows `index` of a batch, moved together in its memory format."""
+    x = f.tensor
+    out = _empty_rows(f, index.shape[0])
+    size = x.element_size()
+    _native.gather_rows(
+        x.data_ptr(), f.dim * size, f.stride * size, index.data_ptr(), index.shape[0], out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _empty_rows(f: checks.Batch, count: int | torch.SymInt) -> Tensor:
+    x = f.tensor
+    if not f.channels_last:
+        return x.new_empty((count, *x.shape[1:]))
+    last = checks.channels_last_format(x)
+    return torch.empty((count, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=last)
+
+
+# Whatever torch's default dtype and device are.
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _integers(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, device="cpu")
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _like_x(x: Tensor, means: Tensor) -> Tensor:
+    return means.reshape(-1, *x.shape[1:])
+
+
+# ---- torch.library: what torch.compile and torch.export see ---------------------------------------------------------
+
+
+def _threshold_tensor(threshold: float | Tensor) -> Tensor:
+    return threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float32)
+
+
+def _not_aliased(x: Tensor, ids: Tensor, survivors: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """An operator must not hand back its own inputs, which the eager call does when all survive."""
+    if survivors is x:
+        survivors = _empty_rows(_order_of(x), x.shape[0]).copy_(x)
+    return survivors, kept.clone() if kept is ids else kept
+
+
+def _order_of(x: Tensor) -> checks.Batch:
+    """What _empty_rows must know of x, without a question about the size of the batch, which may be unknown."""
+    return checks.Batch(x, -1, -1, -1, -1, not x.is_contiguous() and checks.is_channels_last(x))
+
+
+@torch.library.custom_op("e2cm_ext::class_distances", mutates_args=())
+def _class_distances_op(x: Tensor, means: Tensor, center: Tensor | None) -> Tensor:
+    return _class_distances(x, means, center)
+
+
+@_class_distances_op.register_fake
+def _(x: Tensor, means: Tensor, center: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], means.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("e2cm_ext::class_scores", mutates_args=())
+def _class_scores_op(x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _class_scores(x, means, scale, center)
+
+
+@_class_scores_op.register_fake
+def _(x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, classes = x.shape[0], means.shape[0]
+    return (
+        x.new_empty((rows,), dtype=torch.float32),
+        x.new_empty((rows,), dtype=torch.int64),
+        x.new_empty((rows, classes), dtype=torch.float32),
+    )
+
+
+_OUT = ("prediction", "confidence", "exited", "log_probs")
+
+
+@torch.library.custom_op("e2cm_ext::exit_step", mutates_args=_OUT)
+def _exit_step_op(
+    x: Tensor,
+    means: Tensor,
+    scale: Tensor,
+    threshold: Tensor,
+    ids: Tensor,
+    prediction: Tensor,
+    confidence: Tensor,
+    exited: Tensor,
+    log_probs: Tensor | None,
+    center: Tensor | None,
+    rule: str,
+    exit: int,
+) -> tuple[Tensor, Tensor]:
+    out = Decisions(prediction, confidence, exited, log_probs)
+    survivors, kept = _exit_step(x, means, scale, threshold, ids, out, center, rule, exit)
+    return _not_aliased(x, ids, survivors, kept)
+
+
+@torch.library.custom_op("e2cm_ext::decide", mutates_args=_OUT)
+def _decide_op(
+    x: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    ids: Tensor,
+    prediction: Tensor,
+    confidence: Tensor,
+    exited: Tensor,
+    log_probs: Tensor | None,
+    scale: Tensor | None,
+    rule: str,
+    exit: int,
+) -> tuple[Tensor, Tensor]:
+    out = Decisions(prediction, confidence, exited, log_probs)
+    survivors, kept = _decide(x, scores, threshold, ids, out, scale, rule, exit)
+    return _not_aliased(x, ids, survivors, kept)
+
+
+@torch.library.custom_op("e2cm_ext::compact", mutates_args=())
+def _compact_op(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    return _compact(x, keep)
+
+
+def _some_rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As many rows of x, in its memory format, as will be known only at run time; and one number for each."""
+    count = torch.library.get_ctx().new_dynamic_size()
+    return _empty_rows(_order_of(x), count), x.new_empty((count,), dtype=torch.int64)
+
+
+@_exit_step_op.register_fake
+def _(x, means, scale, threshold, ids, prediction, confidence, exited, log_probs, center, rule, exit):  # type: ignore[no-untyped-def]
+    return _some_rows_of(x)
+
+
+@_decide_op.register_fake
+def _(x, scores, threshold, ids, prediction, confidence, exited, log_probs, scale, rule, exit):  # type: ignore[no-untyped-def]
+    return _some_rows_of(x)
+
+
+@_compact_op.register_fake
+def _(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    return _some_rows_of(x)

@@ -1,0 +1,24 @@
+"""One hypothesis profile for everybody: the same examples in every run, no deadlines on shared machines.
+
+HYPOTHESIS_PROFILE=explore searches with new random examples, and many more of them.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=60, print_blob=False)
+settings.register_profile("explore", deadline=None, database=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_torch():
+    """Tests may change the number of threads and torch's defaults; the next one starts from where this one did."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(None)
