@@ -47,7 +47,8 @@ struct Answers {
   float* log_probs;     // [rows, classes] or null
 };
 
-// When to leave and as whom: row b of the batch is sample ids[b], its answer goes to row ids[b] of the Answers.
+// When to leave and as whom: row b of the batch is sample ids[b], its answer goes to row ids[b] of the Answers. The ids
+// must be distinct: threads write without asking each other.
 struct Departure {
   Rule rule;
   float threshold;

@@ -1,4 +1,5 @@
 // Survivors move together: their numbers first, then their rows, in their old order.
+#include <algorithm>
 #include <cstring>
 
 #include "../exit_step.h"
@@ -19,9 +20,14 @@ void gather_rows(const void* source, int64_t row_bytes, int64_t source_stride, c
                  void* target, int threads) {
   const char* const from = static_cast<const char*>(source);
   char* const to = static_cast<char*>(target);
-  parallel_for(count, useful_threads(threads, count * row_bytes / 2), [&](int64_t i, int) {
-    std::memcpy(to + i * row_bytes, from + index[i] * source_stride, static_cast<size_t>(row_bytes));
-  });
+  if (row_bytes == 0) return;
+  const int64_t together = 1 + (int64_t{1} << 16) / row_bytes;  // rows: a single one may be too little to hand out
+  parallel_for((count + together - 1) / together, useful_threads(threads, count * row_bytes / 2),
+               [&](int64_t piece, int) {
+                 const int64_t end = std::min(count, (piece + 1) * together);
+                 for (int64_t i = piece * together; i < end; ++i)
+                   std::memcpy(to + i * row_bytes, from + index[i] * source_stride, static_cast<size_t>(row_bytes));
+               });
 }
 
 }  // namespace e2cm

@@ -9,6 +9,8 @@
 #if defined(_MSC_VER) && defined(_M_X64)
 #include <immintrin.h>
 #include <intrin.h>
+#elif defined(E2CM_HAVE_AVX2) || defined(E2CM_HAVE_AVX512)
+#include <cpuid.h>
 #endif
 
 namespace e2cm {
@@ -31,9 +33,11 @@ bool has(bool avx512) {
 bool has_avx2() { return has(false); }
 bool has_avx512() { return has(true); }
 #else
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+bool has_f16c() {  // a name that not every compiler's __builtin_cpu_supports knows
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
 }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -8,13 +8,14 @@
 // (double), splits are added in order, and inside a block every (row, mean) pair goes through the same instructions.
 //
 // Tried and left: the direct sum of (x - m)^2 needs two operations where this needs one, so it is only the way out when
-// the subtraction cancels (see kDoubt).
+// the subtraction cancels (the_long_way).
 #include "distances.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "half.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -53,13 +54,14 @@ struct Distances::Plan {
     while (group_rows > 4 && ceil_div(x.rows, group_rows) * splits < 2 * threads)
       group_rows = round_up(group_rows / 2, 4);
     groups = ceil_div(x.rows, group_rows);
-    group_means = std::min(kGroupMeans, means);
+    group_means = ceil_div(means, ceil_div(means, kGroupMeans));  // as equal as can be: 100 means are 34 + 33 + 33
     scratch = round_up(group_rows * kStride, 1024) + kApart + round_up(group_means * kStride, 1024);
   }
 };
 
 Distances::Distances(const Rows& x, const ClassMeans& head, int threads)
-    : x_(x),
+    : isa_(kernels()),  // here, where a wrong E2CM_ISA may still throw
+      x_(x),
       head_(head),
       splits_(splits_of(x.dim)),
       row_stride_(round_up(x.rows, kLanes)),
@@ -71,6 +73,11 @@ Distances::Distances(const Rows& x, const ClassMeans& head, int threads)
   if (x.rows > 0) compute(Plan(x, head.means.rows, splits_, threads));
 }
 
+int64_t Distances::rows_that_fit(int64_t dim, int64_t means) {
+  const int64_t sums = int64_t{1} << 23;
+  return std::max(kGroupRows, sums / (splits_of(dim) * means) / kGroupRows * kGroupRows);
+}
+
 void Distances::compute(const Plan& plan) {
   Buffer<float> scratch(plan.threads * plan.scratch);
   std::fill_n(sums_.get(), size_, 0.0);
@@ -80,7 +87,6 @@ void Distances::compute(const Plan& plan) {
 
 // One group of rows against all means, over one split of D.
 void Distances::work_item(const Plan& plan, int64_t item, float* scratch) {
-  const Kernels& isa = kernels();
   const int64_t split = item / plan.groups, group = item % plan.groups;
   const int64_t first_row = group * plan.group_rows, rows = std::min(plan.group_rows, x_.rows - first_row);
   const int64_t means = head_.means.rows, blocks = ceil_div(x_.dim, kBlock);
@@ -89,7 +95,7 @@ void Distances::work_item(const Plan& plan, int64_t item, float* scratch) {
   double* const mean_norms = mean_norms_ + split * means;
   float* const row_block = scratch;
   float* const mean_block = scratch + round_up(plan.group_rows * kStride, 1024) + kApart;
-  double unused[kGroupMeans];
+  double unused[kGroupMeans] = {};
 
   for (int64_t block = blocks * split / splits_; block < blocks * (split + 1) / splits_; ++block) {
     const int64_t at = block * kBlock, n = std::min(kBlock, x_.dim - at);
@@ -97,22 +103,36 @@ void Distances::work_item(const Plan& plan, int64_t item, float* scratch) {
     for (int64_t k = 0; k < means; k += plan.group_means) {
       const int64_t count = std::min(plan.group_means, means - k);
       double* const norms = group == 0 ? mean_norms + k : unused;  // the same for every group: written once
-      isa.load_block(element(head_.means, k, at), head_.means.dtype, head_.means.stride, center, count, n, mean_block,
-                     norms, nullptr, 0, nullptr, 0);
+      isa_.load_block(element(head_.means, k, at), head_.means.dtype, head_.means.stride, center, count, n, mean_block,
+                      norms, nullptr, 0, nullptr, 0);
       double* const out = products + k * row_stride_;
       if (k == 0)
-        isa.load_block(element(x_, first_row, at), x_.dtype, x_.stride, center, rows, n, row_block, row_norms,
-                       mean_block, count, out, row_stride_);
+        isa_.load_block(element(x_, first_row, at), x_.dtype, x_.stride, center, rows, n, row_block, row_norms,
+                        mean_block, count, out, row_stride_);
       else
-        isa.add_products(row_block, rows, mean_block, count, n, out, row_stride_);
+        isa_.add_products(row_block, rows, mean_block, count, n, out, row_stride_);
     }
   }
 }
 
-float Distances::the_long_way(int64_t row, int64_t mean) const {
+// For the few pairs that distance_lanes doubts. `norms` says why: either the subtraction has cancelled, which the
+// direct sum of squares mends, or float32 cannot hold the squares, and the sum is done in double.
+float Distances::the_long_way(int64_t row, int64_t mean, double norms) const {
   const Rows& means = head_.means;
-  return static_cast<float>(std::sqrt(
-      kernels().squared_distance(element(x_, row, 0), x_.dtype, element(means, mean, 0), means.dtype, x_.dim)));
+  const void *const x = element(x_, row, 0), *const m = element(means, mean, 0);
+  if (norms >= kTiny && norms <= kHuge)
+    return static_cast<float>(std::sqrt(isa_.squared_distance(x, x_.dtype, m, means.dtype, x_.dim)));
+  return visit(x, x_.dtype, [&](const auto* a) {
+    return visit(m, means.dtype, [&](const auto* b) {
+      double total = 0;
+      for (int64_t i = 0; i < x_.dim; ++i) {
+        const double difference = static_cast<double>(to_float(a[i])) - to_float(b[i]);
+        total += difference * difference;
+        if (!(total <= std::numeric_limits<double>::max())) break;  // NaN or infinite: it stays so
+      }
+      return static_cast<float>(std::sqrt(total));
+    });
+  });
 }
 
 void Distances::lanes(int64_t first, float* out) const {
@@ -125,10 +145,11 @@ void Distances::lanes(int64_t first, float* out) const {
     for (int64_t s = 0; s < splits_; ++s) mean_norm += mean_norms_[s * means + k];
     const float scale = head_.scale ? head_.scale[k] : 1.f;
     float* const distances = out + k * kLanes;
-    const uint32_t doubtful = kernels().distance_lanes(products_ + k * row_stride_ + first, splits_,
-                                                       means * row_stride_, norms, mean_norm, scale, distances);
+    const uint32_t doubtful = isa_.distance_lanes(products_ + k * row_stride_ + first, splits_, means * row_stride_,
+                                                  norms, mean_norm, scale, distances);
     for (int64_t j = 0; doubtful >> j; ++j)
-      if (doubtful >> j & 1 && first + j < x_.rows) distances[j] = the_long_way(first + j, k) / scale;
+      if (doubtful >> j & 1 && first + j < x_.rows)
+        distances[j] = the_long_way(first + j, k, norms[j] + mean_norm) / scale;
   }
 }
 

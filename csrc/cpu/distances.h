@@ -3,12 +3,16 @@
 
 #include "../exit_step.h"
 #include "buffer.h"
+#include "kernels.h"
 
 namespace e2cm {
 
 class Distances {
  public:
   Distances(const Rows& x, const ClassMeans& head, int threads);
+
+  // How many rows take no more than some tens of megabytes.
+  static int64_t rows_that_fit(int64_t dim, int64_t means);
 
   // out[k * kLanes + lane] = distance of row first + lane to mean k, over scale[k] if there are scales. `first` is a
   // multiple of kLanes; lanes behind the last row hold nothing of meaning.
@@ -18,8 +22,9 @@ class Distances {
   struct Plan;
   void compute(const Plan& plan);
   void work_item(const Plan& plan, int64_t item, float* scratch);
-  float the_long_way(int64_t row, int64_t mean) const;
+  float the_long_way(int64_t row, int64_t mean, double norms) const;
 
+  const Kernels& isa_;
   const Rows x_;
   const ClassMeans head_;
   const int64_t splits_;      // D is cut into this many parts, a number that depends on D alone

@@ -58,6 +58,7 @@ struct LaneAnswers {
 // Calls body(first row, number of rows, penalties) for every kLanes rows; fill(first row, penalties) makes them.
 template <class Fill, class Body>
 void for_lanes(int64_t rows, int64_t classes, int threads, const Fill& fill, const Body& body) {
+  kernels();  // a wrong E2CM_ISA throws here and not on another thread
   const int useful = useful_threads(threads, rows * classes * 16);
   Buffer<float> penalties(useful * classes * kLanes);
   parallel_for((rows + kLanes - 1) / kLanes, useful, [&](int64_t piece, int thread) {
@@ -75,22 +76,20 @@ void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
                               ", but `out` has rows 0 to " + std::to_string(rows - 1));
 }
 
-// The common end of exit_step and decide.
+// The common end of exit_step and decide, for the rows from `begin` on.
 template <class Fill>
-int64_t depart(int64_t rows, int64_t classes, const Departure& departure, const Answers& out, int64_t* keep,
-               int threads, const Fill& fill) {
-  Buffer<uint8_t> stays(rows);
-  for_lanes(rows, classes, threads, fill, [&](int64_t first, int64_t count, const float* penalties) {
-    const LaneAnswers answers(penalties, classes);
+void depart(int64_t rows, int64_t begin, const Departure& departure, const Answers& out, uint8_t* stays, int threads,
+            const Fill& fill) {
+  for_lanes(rows, out.classes, threads, fill, [&](int64_t first, int64_t count, const float* penalties) {
+    const LaneAnswers answers(penalties, out.classes);
     int64_t target[kLanes];
     for (int j = 0; j < kLanes; ++j) {
       const bool leaves = j < count && answers.leaves(j, departure.rule, departure.threshold);
-      target[j] = leaves ? departure.ids[first + j] : -1;
-      if (j < count) stays[first + j] = !leaves;
+      target[j] = leaves ? departure.ids[begin + first + j] : -1;
+      if (j < count) stays[begin + first + j] = !leaves;
     }
     answers.write(penalties, target, departure.exit_number, out);
   });
-  return kept_rows(stays.get(), rows, keep);
 }
 
 // Distances over scales, with the classes that have no mean made impossible.
@@ -102,35 +101,53 @@ auto penalties_of(const Distances& distances, const float* scale, int64_t classe
   };
 }
 
+// Distances need room for every pair, several times over for a large D: so many rows at a time that it stays small.
+template <class Body>
+void for_chunks(const Rows& x, const ClassMeans& head, int threads, const Body& body) {
+  const int64_t most = Distances::rows_that_fit(x.dim, head.means.rows);
+  const int64_t size = x.dtype == DType::f32 ? 4 : 2;
+  for (int64_t first = 0; first < x.rows; first += most) {
+    const Rows chunk{static_cast<const char*>(x.data) + first * x.stride * size, x.dtype,
+                     std::min(most, x.rows - first), x.dim, x.stride};
+    const Distances distances(chunk, head, threads);
+    body(first, chunk.rows, distances);
+  }
+}
+
 }  // namespace
 
 void class_distances(const Rows& x, const ClassMeans& head, float* out, int threads) {
   const int64_t classes = head.means.rows;
-  const ClassMeans unscaled{head.means, head.center, nullptr};
-  const Distances distances(x, unscaled, threads);
-  const auto fill = [&](int64_t first, float* z) { distances.lanes(first, z); };
-  for_lanes(x.rows, classes, threads, fill, [&](int64_t first, int64_t count, const float* z) {
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t k = 0; k < classes; ++k) out[(first + j) * classes + k] = z[k * kLanes + j];
-  });
+  for_chunks(x, {head.means, head.center, nullptr}, threads,
+             [&](int64_t begin, int64_t rows, const Distances& distances) {
+               const auto fill = [&](int64_t first, float* z) { distances.lanes(first, z); };
+               for_lanes(rows, classes, threads, fill, [&](int64_t first, int64_t count, const float* z) {
+                 for (int64_t j = 0; j < count; ++j)
+                   for (int64_t k = 0; k < classes; ++k) out[(begin + first + j) * classes + k] = z[k * kLanes + j];
+               });
+             });
 }
 
 void class_scores(const Rows& x, const ClassMeans& head, const Answers& out, int threads) {
-  const Distances distances(x, head, threads);
-  for_lanes(x.rows, out.classes, threads, penalties_of(distances, head.scale, out.classes),
-            [&](int64_t first, int64_t count, const float* penalties) {
-              const LaneAnswers answers(penalties, out.classes);
-              int64_t target[kLanes];
-              for (int j = 0; j < kLanes; ++j) target[j] = j < count ? first + j : -1;
-              answers.write(penalties, target, 0, out);
-            });
+  for_chunks(x, head, threads, [&](int64_t begin, int64_t rows, const Distances& distances) {
+    for_lanes(rows, out.classes, threads, penalties_of(distances, head.scale, out.classes),
+              [&](int64_t first, int64_t count, const float* penalties) {
+                const LaneAnswers answers(penalties, out.classes);
+                int64_t target[kLanes];
+                for (int j = 0; j < kLanes; ++j) target[j] = j < count ? begin + first + j : -1;
+                answers.write(penalties, target, 0, out);
+              });
+  });
 }
 
 int64_t exit_step(const Rows& x, const ClassMeans& head, const Departure& departure, const Answers& out, int64_t* keep,
                   int threads) {
   check_ids(departure.ids, x.rows, out.rows);
-  const Distances distances(x, head, threads);
-  return depart(x.rows, out.classes, departure, out, keep, threads, penalties_of(distances, head.scale, out.classes));
+  Buffer<uint8_t> stays(x.rows);
+  for_chunks(x, head, threads, [&](int64_t begin, int64_t rows, const Distances& distances) {
+    depart(rows, begin, departure, out, stays.get(), threads, penalties_of(distances, head.scale, out.classes));
+  });
+  return kept_rows(stays.get(), x.rows, keep);
 }
 
 int64_t decide(const Rows& scores, const float* scale, const Departure& departure, const Answers& out, int64_t* keep,
@@ -155,7 +172,9 @@ int64_t decide(const Rows& scores, const float* scale, const Departure& departur
       std::fill(z + k * kLanes + count, z + (k + 1) * kLanes, 0.f);  // lanes without a row: anything finite
     }
   };
-  return depart(scores.rows, classes, departure, out, keep, threads, fill);
+  Buffer<uint8_t> stays(scores.rows);
+  depart(scores.rows, 0, departure, out, stays.get(), threads, fill);
+  return kept_rows(stays.get(), scores.rows, keep);
 }
 
 }  // namespace e2cm

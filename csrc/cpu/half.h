@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../exit_step.h"
+
 // Left alone, a compiler folds a load into each instruction that uses it, and reads memory as often as it is used.
 #if defined(__GNUC__) || defined(__clang__)
 #define E2CM_IN_REGISTER(value, kind) __asm__("" : "+" kind(value))
@@ -38,6 +40,14 @@ inline float to_float(f16 value) {
   if (rest >= 0x0400u) return from_bits(sign | ((rest << 13) + (112u << 23)));          // normal: move the bias
   const float magnitude = static_cast<float>(rest) * 5.9604644775390625e-8f;            // subnormal: rest * 2^-24
   return sign ? -magnitude : magnitude;
+}
+
+// body(pointer of the right type).
+template <class Body>
+auto visit(const void* data, DType dtype, const Body& body) {
+  if (dtype == DType::bf16) return body(static_cast<const bf16*>(data));
+  if (dtype == DType::f16) return body(static_cast<const f16*>(data));
+  return body(static_cast<const float*>(data));
 }
 
 }  // namespace

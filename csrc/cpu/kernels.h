@@ -17,8 +17,8 @@ constexpr int64_t kStride = kBlock + 16;
 constexpr int64_t kLanes = 16;
 // Blocks in scratch (kBlock floats a row) are filled up with zeros to a multiple of this: no tail in any inner loop.
 constexpr int64_t kPad = 16;
-// A squared distance below this share of the two squared norms has lost 5 of its 24 bits, and is computed the long way.
-constexpr double kDoubt = 1.0 / 32;
+// Sums of squares outside of this range may have met squares that float32 cannot hold.
+constexpr double kTiny = 1e-25, kHuge = 1e38;
 
 struct Kernels {
   const char* name;

@@ -182,31 +182,45 @@ void load_block_as(const Source* source, int64_t stride, const float* center, in
 
 void load_block(const void* source, DType dtype, int64_t stride, const float* center, int64_t row_count, int64_t n,
                 float* rows, double* row_norms, const float* means, int64_t mean_count, double* products, int64_t ld) {
-  const auto load = [&](auto* typed) {
+  visit(source, dtype, [&](const auto* typed) {
     load_block_as(typed, stride, center, row_count, n, rows, row_norms, means, mean_count, products, ld);
-  };
-  if (dtype == DType::bf16)
-    load(static_cast<const bf16*>(source));
-  else if (dtype == DType::f16)
-    load(static_cast<const f16*>(source));
-  else
-    load(static_cast<const float*>(source));
+  });
 }
 
 // ---- distance the long way ------------------------------------------------------------------------------------------
 
-double squared_distance(const void* x, DType x_dtype, const void* mean, DType mean_dtype, int64_t n) {
-  alignas(64) float center[kBlock], difference[kBlock];
-  const int64_t x_size = x_dtype == DType::f32 ? 4 : 2, mean_size = mean_dtype == DType::f32 ? 4 : 2;
-  double total = 0, unused = 0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t count = n - i < kBlock ? n - i : kBlock;
-    load_block(static_cast<const char*>(mean) + i * mean_size, mean_dtype, 0, nullptr, 1, count, center, &unused,
-               nullptr, 0, nullptr, 0);
-    load_block(static_cast<const char*>(x) + i * x_size, x_dtype, 0, center, 1, count, difference, &total, nullptr, 0,
-               nullptr, 0);
+template <class X, class Mean>
+double squared_distance_as(const X* x, const Mean* mean, int64_t n) {
+  constexpr int64_t step = 4 * Vec::lanes;  // four chains of sums: one would wait for itself
+  Vec sums[1][4] = {{Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()}};
+  const auto add = [&](const X* a, const Mean* b) {
+    E2CM_UNROLL for (int u = 0; u < 4; ++u) {
+      const Vec difference = Vec::sub(Vec::load_as(a + u * Vec::lanes), Vec::load_as(b + u * Vec::lanes));
+      sums[0][u] = Vec::fma(difference, difference, sums[0][u]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + step <= n; i += step) add(x + i, mean + i);
+  if (i < n) {
+    X x_rest[step] = {};
+    Mean mean_rest[step] = {};
+    std::memcpy(x_rest, x + i, (n - i) * sizeof(X));
+    std::memcpy(mean_rest, mean + i, (n - i) * sizeof(Mean));
+    add(x_rest, mean_rest);
   }
-  return total;
+  double parts[4] = {};
+  add_lanes<4, 1>(sums, parts, 0);
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+double squared_distance(const void* x, DType x_dtype, const void* mean, DType mean_dtype, int64_t n) {
+  return visit(x, x_dtype, [&](const auto* a) {
+    return visit(mean, mean_dtype, [&](const auto* b) {
+      double total = 0;
+      for (int64_t i = 0; i < n; i += kBlock) total += squared_distance_as(a + i, b + i, at_most(kBlock, n - i));
+      return total;
+    });
+  });
 }
 
 // ---- distances from norms and products, one row per lane ------------------------------------------------------------
@@ -217,11 +231,13 @@ uint32_t distance_lanes(const double* products, int64_t splits, int64_t split_st
   for (int j = 0; j < kLanes; ++j) sum[j] = products[j];
   for (int64_t s = 1; s < splits; ++s)
     for (int j = 0; j < kLanes; ++j) sum[j] += products[s * split_stride + j];
+  // Rounding has gone up to one chain of sums, kBlock / lanes long; the subtraction multiplies what it left.
+  constexpr double doubt = 1.0 / Vec::lanes;
   int32_t doubtful[kLanes];
   E2CM_SIMD for (int j = 0; j < kLanes; ++j) {
     const double norms = row_norms[j] + mean_norm;
     const double square = norms - 2 * sum[j];
-    doubtful[j] = square < norms * kDoubt;
+    doubtful[j] = !(square >= norms * doubt) | !(norms >= kTiny) | !(norms <= kHuge);
     out[j] = std::sqrt(static_cast<float>(square)) / scale;
   }
   uint32_t mask = 0;

@@ -12,7 +12,8 @@ namespace e2cm {
 // Starting threads costs some microseconds: no more of them than there is work for. `work` is in multiply-adds.
 inline int useful_threads(int allowed, int64_t work) {
   const int64_t most = 1 + work / (int64_t{1} << 19);
-  return static_cast<int>(allowed < most ? allowed : most);
+  const int64_t threads = allowed < most ? allowed : most;
+  return threads > 1 ? static_cast<int>(threads) : 1;
 }
 
 // body(index, thread) for every index below count; must not throw.
@@ -24,6 +25,8 @@ void parallel_for(int64_t count, int threads, const Body& body) {
     for (int64_t i = 0; i < count; ++i) body(i, omp_get_thread_num());
     return;
   }
+#else
+  static_cast<void>(threads);
 #endif
   for (int64_t i = 0; i < count; ++i) body(i, 0);
 }
