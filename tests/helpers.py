@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -84,12 +85,25 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(words), b.contiguous().view(words))
 
 
+@contextlib.contextmanager
+def one_thread():
+    """For the reference, whose many small operations otherwise wait for threads that a busy machine does not run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def in_float64(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Confidence, prediction and log-probabilities by the reference, in float64."""
     x, means, scale = problem
     return reference.class_scores(x.double(), means.double(), scale.double())
 
 
+@one_thread()
 def assert_distances_match(got: Tensor, x: Tensor, means: Tensor, error: float = DISTANCE_ERROR) -> None:
     expected = reference.class_distances(x.double(), means.double())
     assert got.shape == expected.shape
@@ -97,6 +111,7 @@ def assert_distances_match(got: Tensor, x: Tensor, means: Tensor, error: float =
     torch.testing.assert_close(got.double(), expected, rtol=error, atol=0)
 
 
+@one_thread()
 def log_prob_tolerance(x: Tensor, means: Tensor, scale: Tensor) -> Tensor:
     """[B, 1]: how far a log-probability of each row may be from its float64 value."""
     z = reference.class_distances(x.double(), means.double()) / scale.double()

@@ -24,13 +24,6 @@ ROWS, CLASSES, SHAPE = 12, 6, (3, 4, 5)
 ROOM = 15
 LAYOUTS = ("contiguous", "channels_last", "channels_last rows apart", "transposed")
 
-EVERYBODY = pytest.mark.xfail(
-    strict=True, reason="ops._fresh: an empty slice has no address, so x[:0] is handed back as if it were no view of x"
-)
-STRIDES = pytest.mark.xfail(
-    strict=True, reason="ops._fresh clones x in its own strides if all survive; the fake kernel promises a dense order"
-)
-
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
@@ -66,16 +59,8 @@ def test_opcheck_of_compact(layout, share):
     torch.library.opcheck(operator("compact"), (x, torch.arange(ROWS) % 2 < share))
 
 
-# 0.75: some leave. Strides can differ from those of dense rows only where x comes back whole.
-OPCHECKS = [
-    pytest.param(
-        layout,
-        threshold,
-        marks=[EVERYBODY] if threshold == -INF else [STRIDES] if (layout, threshold) == ("transposed", INF) else [],
-    )
-    for layout in LAYOUTS
-    for threshold in (0.75, INF, -INF)
-]
+# 0.75: some leave. INF: nobody; x must come back as a copy in the promised strides. -INF: everybody.
+OPCHECKS = [(layout, threshold) for layout in LAYOUTS for threshold in (0.75, INF, -INF)]
 
 
 @pytest.mark.parametrize(("layout", "threshold"), OPCHECKS)
@@ -160,13 +145,7 @@ def a_compaction(x, means, scale, threshold, ids, out):
     return survivors + 1, ids[index]
 
 
-IN_A_ROW = pytest.mark.xfail(
-    strict=True, reason="the fake kernels ask checks.batch, which asks whether there are rows: unknown behind an exit"
-)
-FUNCTIONS = [
-    pytest.param(f, marks=[IN_A_ROW] if f is two_exits else [], id=f.__name__)
-    for f in (distances_twice, scores_in_a_graph, an_exit, two_exits, a_learned_exit, a_compaction)
-]
+FUNCTIONS = [distances_twice, scores_in_a_graph, an_exit, two_exits, a_learned_exit, a_compaction]
 
 
 def assert_same_results(compiled, function, rows, threshold, layout="contiguous", exact=True):
@@ -182,7 +161,7 @@ def assert_same_results(compiled, function, rows, threshold, layout="contiguous"
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_a_whole_graph_equals_eager(function, dynamic):
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     counts = set()
@@ -198,7 +177,6 @@ def test_a_whole_graph_equals_eager(function, dynamic):
     assert len(counts) > 2
 
 
-@EVERYBODY
 @pytest.mark.parametrize("function", [an_exit, two_exits, a_learned_exit], ids=lambda f: f.__name__)
 def test_everybody_may_leave_inside_a_graph(function):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -234,12 +212,11 @@ def test_sizes_become_dynamic_after_the_second():
 
 
 def test_inductor():
-    compiled = torch.compile(an_exit, fullgraph=True)
+    compiled = torch.compile(two_exits, fullgraph=True)
     for threshold, layout in ((0.75, "channels_last"), (0.65, "channels_last"), (INF, "channels_last")):
-        assert_same_results(compiled, an_exit, ROWS, torch.tensor(threshold), layout, exact=False)
+        assert_same_results(compiled, two_exits, ROWS, torch.tensor(threshold), layout, exact=False)
 
 
-@STRIDES
 def test_transposed_features_inside_a_graph():
     """Everybody survives, in any strides: what the graph was told of them must be true."""
 
