@@ -33,7 +33,7 @@ def usual_exit_step(
         return (
             x.dtype is means.dtype is scale.dtype is confidence.dtype is _FLOAT32
             and ids.dtype is prediction.dtype is exit.dtype is _INT64
-            and not (x.is_neg() or means.is_neg() or scale.is_neg())
+            and not (x.is_neg() or means.is_neg() or scale.is_neg() or confidence.is_neg())
             and x.is_cpu and means.is_cpu and scale.is_cpu and ids.is_cpu
             and prediction.is_cpu and confidence.is_cpu and exit.is_cpu
             and classes > 0
@@ -48,6 +48,7 @@ def usual_exit_step(
                 center is None
                 or (
                     center.dtype is _FLOAT32
+                    and not center.is_neg()
                     and center.is_cpu
                     and center.shape == (dim,)
                     and center.is_contiguous()
@@ -57,13 +58,14 @@ def usual_exit_step(
                 log_probs is None
                 or (
                     log_probs.dtype is _FLOAT32
+                    and not log_probs.is_neg()
                     and log_probs.is_cpu
                     and log_probs.shape == (count[0], classes)
                     and log_probs.is_contiguous()
                 )
             )
         )  # fmt: skip
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, IndexError, TypeError, ValueError):
         return False
 
 
@@ -181,13 +183,15 @@ def scales(name: str, scale: Tensor, classes: int, like: Tensor) -> Tensor:
     return scale if scale.dtype is _FLOAT32 and scale.is_contiguous() else scale.float().contiguous()
 
 
-def threshold_value(threshold: float | Tensor) -> float:
+def threshold_value(threshold: object) -> float:
     if type(threshold) is float and threshold == threshold:  # the usual case
         return threshold
     if isinstance(threshold, Tensor) and threshold.numel() != 1:
         raise ValueError(f"`threshold` has shape {list(threshold.shape)}; wanted one number for this exit")
+    if isinstance(threshold, str | bytes):
+        raise TypeError(f"`threshold` is a {_kind(threshold)}; wanted a number")
     try:
-        value = float(threshold)
+        value = float(threshold)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"`threshold` is a {_kind(threshold)}; wanted a number") from None
     if math.isnan(value):

@@ -5,9 +5,9 @@ torch.compile, torch.export and fake tensors a call becomes an operator of the l
 float32, bfloat16 or float16, [B, ...] in NCHW or channels_last order; they are not copied. All arithmetic is float32 or
 wider, and a sample's answer is the same bits whatever the number of threads and whatever batch it sits in.
 
-A sample with a NaN or an infinity among its features (or with features whose squares leave the range of float32) gets
-NaN for a confidence and never leaves. A class whose scale is not a positive finite number has no mean: it is never
-predicted. Ties go to the lowest class. Results carry no gradient.
+A sample with a NaN or an infinity among its features gets NaN for a confidence and never leaves; if the center holds
+one, no sample does. A class whose scale is not a positive finite number has no mean: it is never predicted. Ties go
+to the lowest class. Results carry no gradient.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def _not_aliased(x: Tensor, ids: Tensor, survivors: Tensor, kept: Tensor) -> tup
 
 def _order_of(x: Tensor) -> checks.Batch:
     """What _empty_rows must know of x, without a question about the size of the batch, which may be unknown."""
-    return checks.Batch(x, -1, -1, -1, -1, not x.is_contiguous() and checks.is_channels_last(x))
+    return checks.Batch(x, -1, -1, -1, -1, checks.is_channels_last(x))
 
 
 @torch.library.custom_op("e2cm_ext::class_distances", mutates_args=())

@@ -80,7 +80,7 @@ TEST(every_half) {
   const int64_t step = effort() < 1 ? 7 : 1, batch = (0x10000 + step - 1) / step;
   for (const DType dtype : {DType::bf16, DType::f16})
     for (const int64_t dim : {1, 5, 16, 21})
-      for (int64_t place = dim > 16 ? 16 : 0; place<dim; place += dim> 16 || effort() < 1 ? 3 : 1) {
+      for (int64_t place = dim > 16 ? 16 : 0; place < dim; place += dim > 16 || effort() < 1 ? 3 : 1) {
         Problem problem(batch, 2, dim, dtype, DType::f32, false, 3);
         problem.means.set(1, place, 1);
         for (int64_t b = 0; b < batch; ++b) problem.x.set_bits(b, place, static_cast<uint16_t>(b * step));
