@@ -5,7 +5,8 @@
 
 Every way does the whole exit step: distances to the class means, divided by the scales, log-softmax, who leaves, the
 leavers' answers (confidence, prediction, log-probabilities) written into their rows of the output, and the survivors'
-features and ids moved together. About half of a batch leaves; a batch of one leaves. What depends on the class means
+features and ids moved together. About half of a batch leaves and a batch of one leaves or, with --leave all, everybody:
+then nothing is moved, which at large sizes is most of the time in every way. What depends on the class means
 alone (their norms, centring, compilation, packing) a rival does once, before the clock runs.
 """
 
@@ -91,7 +92,7 @@ class Problem:
         return 2 * math.prod(self.shape)
 
 
-def make_problem(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
+def make_problem(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", leave: str = "half") -> Problem:
     """Features as behind a ReLU: positive class means, and noise of another strength for every sample."""
     random_numbers = torch.Generator().manual_seed(0)
     normal = functools.partial(torch.randn, generator=random_numbers)
@@ -104,7 +105,7 @@ def make_problem(shape: Shape, dtype: torch.dtype = torch.float32, device: str =
     log_probs = true_log_probs(x, means, scale)
     ids = torch.randperm(shape.batch, generator=random_numbers)
     out = e2cm.Decisions.empty(shape.batch, shape.classes, device)
-    threshold = threshold_between(log_probs.amax(1).exp())
+    threshold = -math.inf if leave == "all" else threshold_between(log_probs.amax(1).exp())
     x, means, scale, center, ids = (t.to(device) for t in (x, means, scale, means.mean(0), ids))
     return Problem(shape, x, means, scale, center, ids, out, log_probs, threshold)
 
@@ -544,9 +545,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def default_path(dtype: str) -> Path:
+def default_path(dtype: str, leave: str) -> Path:
     cpu = re.sub(r"\((r|tm)\)", "", cpu_name().lower())
     name = "-".join(["kernels", *re.findall(r"[a-z0-9.]+", cpu), *([] if dtype == "float32" else [dtype])])
+    name += "-all-leave" if leave == "all" else ""
     return Path(__file__).with_name("results") / f"{name}.json"
 
 
@@ -580,6 +582,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--shapes", nargs="+", type=shape_of, default=SHAPES, metavar="KxBxD", help="default: those of the README")
     add("--seconds", type=float, default=4, help="of timing per shape and number of threads (default: 4)")
     add("--dtype", choices=DTYPES, default="float32", help="of the features; class means stay float32")
+    add("--leave", choices=["half", "all"], default="half", help="how many of a batch leave (default: half)")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--max-autotune", action="store_true", help="compile with max-autotune, too: about 10 s more per shape")
     add("--json", type=Path, help="default: bench/results/kernels-<cpu>.json, if all shapes and threads are measured")
@@ -594,7 +597,7 @@ def main() -> None:
     threads = sorted(set(arguments.threads))
     started, points = time.perf_counter(), []
     for shape in arguments.shapes:
-        problem = make_problem(shape, DTYPES[arguments.dtype], arguments.device)
+        problem = make_problem(shape, DTYPES[arguments.dtype], arguments.device, arguments.leave)
         for count in threads:
             points.append(measure(problem, count, ways_for(shape, arguments.max_autotune), arguments.seconds))
             took = time.perf_counter() - started
@@ -609,6 +612,7 @@ def main() -> None:
         "numpy": np.__version__,
         "build": e2cm.build_info(),
         "dtype": arguments.dtype,
+        "leave": arguments.leave,
         "threads": threads,
         "seconds_per_point": arguments.seconds,
         "summary": geometric_means(points),
@@ -617,7 +621,7 @@ def main() -> None:
     }
     print(report(result))
     complete = set(arguments.shapes) >= set(SHAPES) and set(threads) >= {1, ALL_THREADS}
-    if path := arguments.json or (default_path(arguments.dtype) if complete else None):
+    if path := arguments.json or (default_path(arguments.dtype, arguments.leave) if complete else None):
         save(result, path)
         print(f"saved {path}", file=sys.stderr)
     else:
