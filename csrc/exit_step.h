@@ -18,6 +18,8 @@
 namespace e2cm {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }  // in bytes
+
 enum class Rule : int { confidence = 0, entropy = 1 };
 
 // A matrix whose rows are dense; `stride` is the distance between two rows, in elements.

@@ -105,9 +105,8 @@ auto penalties_of(const Distances& distances, const float* scale, int64_t classe
 template <class Body>
 void for_chunks(const Rows& x, const ClassMeans& head, int threads, const Body& body) {
   const int64_t most = Distances::rows_that_fit(x.dim, head.means.rows);
-  const int64_t size = x.dtype == DType::f32 ? 4 : 2;
   for (int64_t first = 0; first < x.rows; first += most) {
-    const Rows chunk{static_cast<const char*>(x.data) + first * x.stride * size, x.dtype,
+    const Rows chunk{static_cast<const char*>(x.data) + first * x.stride * size_of(x.dtype), x.dtype,
                      std::min(most, x.rows - first), x.dim, x.stride};
     const Distances distances(chunk, head, threads);
     body(first, chunk.rows, distances);
@@ -153,7 +152,7 @@ int64_t exit_step(const Rows& x, const ClassMeans& head, const Departure& depart
 int64_t decide(const Rows& scores, const float* scale, const Departure& departure, const Answers& out, int64_t* keep,
                int threads) {
   check_ids(departure.ids, scores.rows, out.rows);
-  const int64_t classes = scores.dim, size = scores.dtype == DType::f32 ? 4 : 2;
+  const int64_t classes = scores.dim, size = size_of(scores.dtype);
   const auto fill = [&](int64_t first, float* z) {
     const int64_t count = std::min(kLanes, scores.rows - first);
     float row[kBlock];
