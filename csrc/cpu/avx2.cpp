@@ -8,7 +8,7 @@
 namespace e2cm {
 namespace {
 
-constexpr int kLoadRows = 2, kLoadMeans = 5, kTileRows = 4, kTileMeans = 2;
+constexpr int kSquareRows = 2, kSquareMeans = 5, kTileRows = 6;
 
 struct Vec {
   static constexpr int lanes = 8;
@@ -42,6 +42,24 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
   static Vec load_as(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static void transpose(Vec (&a)[lanes]) {
+    __m256 b[lanes];
+    for (int i = 0; i < lanes; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i].v, a[i + 1].v);
+      b[i + 1] = _mm256_unpackhi_ps(a[i].v, a[i + 1].v);
+    }
+    __m256 c[lanes];
+    for (int i = 0; i < lanes; i += 4) {
+      c[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+      c[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xEE);
+      c[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+      c[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {
+      a[i].v = _mm256_permute2f128_ps(c[i], c[i + 4], 0x20);
+      a[i + 4].v = _mm256_permute2f128_ps(c[i], c[i + 4], 0x31);
+    }
+  }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));

@@ -7,7 +7,7 @@
 namespace e2cm {
 namespace {
 
-constexpr int kLoadRows = 2, kLoadMeans = 10, kTileRows = 4, kTileMeans = 6;
+constexpr int kSquareRows = 2, kSquareMeans = 12, kTileRows = 14;
 
 struct Vec {
   static constexpr int lanes = 16;
@@ -42,6 +42,30 @@ struct Vec {
   }
   static Vec load_as(const f16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static void transpose(Vec (&a)[lanes]) {
+    __m512 b[lanes];
+    E2CM_UNROLL for (int i = 0; i < lanes; i += 2) {  // pairs, fours, then the quarters of the registers
+      b[i] = _mm512_unpacklo_ps(a[i].v, a[i + 1].v);
+      b[i + 1] = _mm512_unpackhi_ps(a[i].v, a[i + 1].v);
+    }
+    __m512 c[lanes];
+    E2CM_UNROLL for (int i = 0; i < lanes; i += 4) {
+      c[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+      c[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xEE);
+      c[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+      c[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
+    }
+    E2CM_UNROLL for (int i = 0; i < 4; ++i) {
+      const __m512 even_low = _mm512_shuffle_f32x4(c[i], c[i + 4], 0x88);
+      const __m512 odd_low = _mm512_shuffle_f32x4(c[i], c[i + 4], 0xDD);
+      const __m512 even_high = _mm512_shuffle_f32x4(c[i + 8], c[i + 12], 0x88);
+      const __m512 odd_high = _mm512_shuffle_f32x4(c[i + 8], c[i + 12], 0xDD);
+      a[i].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      a[i + 4].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      a[i + 8].v = _mm512_shuffle_f32x4(even_low, even_high, 0xDD);
+      a[i + 12].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xDD);
+    }
   }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));

@@ -1,15 +1,16 @@
-// distance^2 = |x|^2 - 2 x.m + |m|^2, with x and m brought near the origin first (`center`).
+// Few classes: distance^2 = sum of (x - m)^2, of features as they arrive. Two operations a pair of numbers, but nothing
+// cancels, nothing is prepared and each feature is read once: at ten classes memory is as slow as the arithmetic.
 //
-// What must move: each feature once from memory, each mean once per group of rows. What must be computed: B * K * D
-// multiply-adds, at two per cycle and register width. Blocks of features and means are converted, centred and padded
-// into scratch that stays in the first two cache levels; the inner loop sees aligned float32 without tails.
+// Many classes: distance^2 = |x|^2 - 2 x.m + |m|^2, one operation, with x and m brought near the origin (`center`).
+// Rows go into scratch and means into panels, converted, centred and padded, small enough for the first two cache
+// levels; while a panel is multiplied, the next means and the next features are asked for.
 //
-// Same bits whatever the threads and the batch: D is cut into splits by D alone, a split's blocks are added in order
-// (double), splits are added in order, and inside a block every (row, mean) pair goes through the same instructions.
+// Same bits whatever the threads and the batch: which way is taken depends on the number of classes alone, D is cut
+// into splits by D alone, a split's blocks are added in order (double), splits are added in order, and inside a block
+// every (row, mean) pair goes through the same instructions.
 //
-// Tried and left: the direct sum of (x - m)^2 needs two operations where this needs one, so it is only the way out when
-// the subtraction cancels (the_long_way). Blocks of 768 and 1024 numbers, sub-blocks of 8 and 16 rows, rows interleaved
-// in panels, and asking early for the next means changed nothing that could be told from noise.
+// Tried and left: products for few classes (the work around them costs more than it saves), dot products of rows and
+// means in tiles of 4 x 6 (a quarter of the time went into adding up lanes), blocks of 256, 1024 and 2048 numbers.
 #include "distances.h"
 
 #include <algorithm>
@@ -26,8 +27,8 @@ namespace {
 constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kSplit = 4096;     // less is not worth a thread of its own
 constexpr int64_t kGroupRows = 128;  // rows per work item: means are prepared once for all of them
-constexpr int64_t kApart = 256;      // floats: rows at 0 and means at 1 KiB, modulo 4 KiB (see kStride)
-constexpr int64_t kGroupMeans = 48;  // means prepared at a time
+constexpr int64_t kFewMeans = 24;    // up to here the direct sum is the faster way
+constexpr int64_t kFewRows = 16;     // up to here means are used where they lie: copying them would cost more
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -36,26 +37,36 @@ const void* element(const Rows& rows, int64_t row, int64_t column) {
   return static_cast<const char*>(rows.data) + (row * rows.stride + column) * size_of(rows.dtype);
 }
 
+const char* address(const Rows& rows, int64_t row, int64_t column) {
+  return static_cast<const char*>(element(rows, row, column));
+}
+
 int64_t splits_of(int64_t dim) { return std::max<int64_t>(1, std::min(kMaxSplits, ceil_div(dim, kSplit))); }
 
 }  // namespace
 
+// How the work is cut: into splits of D, groups of rows, and parts of the means.
 struct Distances::Plan {
   int threads;
-  int64_t group_rows;
-  int64_t groups;
-  int64_t group_means;
+  int64_t group_rows, groups;
+  int64_t part_means, parts;
   int64_t scratch;  // floats per thread
 
   Plan(const Rows& x, int64_t means, int64_t splits, int allowed)
       // A mean costs about as much to prepare as four rows cost to compare with it.
       : threads(useful_threads(allowed, x.dim * (x.rows * means + 4 * (x.rows + means)))),
-        group_rows(std::min(kGroupRows, round_up(x.rows, 4))) {
-    while (group_rows > 4 && ceil_div(x.rows, group_rows) * splits < 2 * threads)
-      group_rows = round_up(group_rows / 2, 4);
+        group_rows(std::min(kGroupRows, round_up(x.rows, 4))),
+        part_means(means) {
+    const auto pieces = [&] { return ceil_div(x.rows, group_rows) * ceil_div(means, part_means) * splits; };
+    const int64_t panel = kernels().panel, wanted = threads > 1 ? 2 * threads : 1;
+    // Whatever is cut more finely, the others are prepared once for each of its pieces.
+    while (pieces() < wanted && part_means > 2 * panel && part_means > kFewMeans)
+      part_means = round_up(part_means / 2, panel);
+    while (pieces() < wanted && group_rows > 4) group_rows = round_up(group_rows / 2, 4);
     groups = ceil_div(x.rows, group_rows);
-    group_means = ceil_div(means, ceil_div(means, kGroupMeans));  // as equal as can be: 100 means are 34 + 33 + 33
-    scratch = round_up(group_rows * kStride, 1024) + kApart + round_up(group_means * kStride, 1024);
+    parts = ceil_div(means, part_means);
+    const int64_t few = means * kStride, many = group_rows * kStride + kBlock * panel;
+    scratch = round_up(means <= kFewMeans ? few : many, 1024);
   }
 };
 
@@ -63,13 +74,15 @@ Distances::Distances(const Rows& x, const ClassMeans& head, int threads)
     : isa_(kernels()),  // here, where a wrong E2CM_ISA may still throw
       x_(x),
       head_(head),
+      few_(head.means.rows <= kFewMeans),
       splits_(splits_of(x.dim)),
       row_stride_(round_up(x.rows, kLanes)),
-      size_(splits_ * (head.means.rows * row_stride_ + row_stride_ + head.means.rows)),
-      sums_(size_),
-      products_(sums_.get()),
-      row_norms_(products_ + splits_ * head.means.rows * row_stride_),
-      mean_norms_(row_norms_ + splits_ * row_stride_) {
+      ld_(few_ ? head.means.rows : round_up(head.means.rows, kLanes)),
+      size_(splits_ * (row_stride_ * ld_ + (few_ ? 0 : row_stride_ + ld_))),
+      memory_(size_),
+      sums_(memory_.get()),
+      row_norms_(few_ ? nullptr : sums_ + splits_ * row_stride_ * ld_),
+      mean_norms_(few_ ? nullptr : row_norms_ + splits_ * row_stride_) {
   if (x.rows > 0) compute(Plan(x, head.means.rows, splits_, threads));
 }
 
@@ -80,48 +93,79 @@ int64_t Distances::rows_that_fit(int64_t dim, int64_t means) {
 
 void Distances::compute(const Plan& plan) {
   Buffer<float> scratch(plan.threads * plan.scratch);
-  std::fill_n(sums_.get(), size_, 0.0);
-  parallel_for(plan.groups * splits_, plan.threads,
-               [&](int64_t item, int thread) { work_item(plan, item, scratch.get() + thread * plan.scratch); });
+  std::fill_n(memory_.get(), size_, 0.0);
+  parallel_for(splits_ * plan.groups * plan.parts, plan.threads, [&](int64_t item, int thread) {
+    const int64_t first_row = item / plan.parts % plan.groups * plan.group_rows;
+    const int64_t first_mean = item % plan.parts * plan.part_means;
+    const Piece piece{item / plan.parts / plan.groups, first_row, std::min(plan.group_rows, x_.rows - first_row),
+                      first_mean, std::min(plan.part_means, head_.means.rows - first_mean)};
+    float* const own = scratch.get() + thread * plan.scratch;
+    few_ ? add_squares(piece, own) : add_products(piece, own);
+  });
 }
 
-// One group of rows against all means, over one split of D.
-void Distances::work_item(const Plan& plan, int64_t item, float* scratch) {
-  const int64_t split = item / plan.groups, group = item % plan.groups;
-  const int64_t first_row = group * plan.group_rows, rows = std::min(plan.group_rows, x_.rows - first_row);
-  const int64_t means = head_.means.rows, blocks = ceil_div(x_.dim, kBlock);
-  double* const products = products_ + split * means * row_stride_ + first_row;
-  double* const row_norms = row_norms_ + split * row_stride_ + first_row;
-  double* const mean_norms = mean_norms_ + split * means;
-  float* const row_block = scratch;
-  float* const mean_block = scratch + round_up(plan.group_rows * kStride, 1024) + kApart;
-  double unused[kGroupMeans] = {};
+// body(first number, how many) for every block of a split.
+template <class Body>
+void Distances::for_blocks(int64_t split, const Body& body) const {
+  const int64_t blocks = ceil_div(x_.dim, kBlock);
+  for (int64_t block = blocks * split / splits_; block < blocks * (split + 1) / splits_; ++block)
+    body(block * kBlock, std::min(kBlock, x_.dim - block * kBlock));
+}
 
-  for (int64_t block = blocks * split / splits_; block < blocks * (split + 1) / splits_; ++block) {
-    const int64_t at = block * kBlock, n = std::min(kBlock, x_.dim - at);
+void Distances::add_squares(const Piece& piece, float* scratch) {
+  const Rows& means = head_.means;
+  const bool in_place = piece.rows <= kFewRows && means.dtype == DType::f32;
+  double* const squares = sums_ + (piece.split * row_stride_ + piece.first) * ld_;
+  const auto add = [&](int64_t at, int64_t n, const float* m, int64_t stride) {
+    isa_.add_squares(element(x_, piece.first, at), x_.dtype, x_.stride, piece.rows, n, m, stride, means.rows, squares,
+                     ld_);
+  };
+  for_blocks(piece.split, [&](int64_t at, int64_t n) {
+    const int64_t whole = in_place ? n / kPad * kPad : 0, rest = n - whole;
+    if (whole) add(at, whole, static_cast<const float*>(element(means, 0, at)), means.stride);
+    if (!rest) return;
+    isa_.load_block(element(means, 0, at + whole), means.dtype, means.stride, nullptr, means.rows, rest, scratch,
+                    nullptr);
+    add(at + whole, rest, scratch, kStride);
+  });
+}
+
+void Distances::add_products(const Piece& piece, float* scratch) {
+  const Rows& means = head_.means;
+  const int64_t width = isa_.panel, x_size = size_of(x_.dtype), mean_size = size_of(means.dtype);
+  const int64_t end = piece.first_mean + piece.means;
+  float *const panel = scratch, *const rows = scratch + kBlock * width;
+  double* const products = sums_ + (piece.split * row_stride_ + piece.first) * ld_;
+  // Norms are the same for all pieces that share the rows or the means: one of them writes.
+  double* const row_norms = piece.first_mean ? nullptr : row_norms_ + piece.split * row_stride_ + piece.first;
+  double* const mean_norms = piece.first ? nullptr : mean_norms_ + piece.split * ld_;
+
+  for_blocks(piece.split, [&](int64_t at, int64_t n) {
     const float* const center = head_.center ? head_.center + at : nullptr;
-    for (int64_t k = 0; k < means; k += plan.group_means) {
-      const int64_t count = std::min(plan.group_means, means - k);
-      double* const norms = group == 0 ? mean_norms + k : unused;  // the same for every group: written once
-      isa_.load_block(element(head_.means, k, at), head_.means.dtype, head_.means.stride, center, count, n, mean_block,
-                      norms, nullptr, 0, nullptr, 0);
-      double* const out = products + k * row_stride_;
-      if (k == 0)
-        isa_.load_block(element(x_, first_row, at), x_.dtype, x_.stride, center, rows, n, row_block, row_norms,
-                        mean_block, count, out, row_stride_);
-      else
-        isa_.add_products(row_block, rows, mean_block, count, n, out, row_stride_);
+    const bool last = at + n == x_.dim;
+    Ahead rows_ahead{address(x_, piece.first, at + n), last ? 0 : piece.rows, x_.stride * x_size, kBlock * x_size};
+    isa_.load_block(element(x_, piece.first, at), x_.dtype, x_.stride, center, piece.rows, n, rows, row_norms);
+    for (int64_t k = piece.first_mean; k < end; k += width) {
+      const int64_t count = std::min(width, end - k);
+      const bool wraps = k + width >= end;
+      const int64_t next = wraps ? piece.first_mean : k + width;
+      Ahead means_ahead{address(means, next, wraps ? at + n : at), last && wraps ? 0 : std::min(width, end - next),
+                        means.stride * mean_size, kBlock * mean_size};
+      isa_.pack_means(element(means, k, at), means.dtype, means.stride, center, count, n, panel,
+                      mean_norms ? mean_norms + k : nullptr);
+      isa_.add_products(rows, piece.rows, panel, count, n, products + k, ld_, means_ahead, rows_ahead);
     }
-  }
+  });
 }
 
-// For the few pairs that distance_lanes doubts. `norms` says why: either the subtraction has cancelled, which the
-// direct sum of squares mends, or float32 cannot hold the squares, and the sum is done in double.
-float Distances::the_long_way(int64_t row, int64_t mean, double norms) const {
+// For the few pairs that distance_lanes doubts: the direct sum of squares; in double, where float32 cannot hold them.
+float Distances::the_long_way(int64_t row, int64_t mean) const {
   const Rows& means = head_.means;
   const void *const x = element(x_, row, 0), *const m = element(means, mean, 0);
-  if (norms >= kTiny && norms <= kHuge)
-    return static_cast<float>(std::sqrt(isa_.squared_distance(x, x_.dtype, m, means.dtype, x_.dim)));
+  if (!few_) {
+    const double square = isa_.squared_distance(x, x_.dtype, m, means.dtype, x_.dim);
+    if (square >= kTiny && square <= kHuge) return static_cast<float>(std::sqrt(square));
+  }
   return visit(x, x_.dtype, [&](const auto* a) {
     return visit(m, means.dtype, [&](const auto* b) {
       double total = 0;
@@ -136,20 +180,20 @@ float Distances::the_long_way(int64_t row, int64_t mean, double norms) const {
 }
 
 void Distances::lanes(int64_t first, float* out) const {
-  const int64_t means = head_.means.rows;
   double norms[kLanes] = {};
-  for (int64_t s = 0; s < splits_; ++s)
-    for (int64_t j = 0; j < kLanes; ++j) norms[j] += row_norms_[s * row_stride_ + first + j];
-  for (int64_t k = 0; k < means; ++k) {
+  if (!few_)
+    for (int64_t s = 0; s < splits_; ++s)
+      for (int64_t j = 0; j < kLanes; ++j) norms[j] += row_norms_[s * row_stride_ + first + j];
+  for (int64_t k = 0; k < head_.means.rows; ++k) {
     double mean_norm = 0;
-    for (int64_t s = 0; s < splits_; ++s) mean_norm += mean_norms_[s * means + k];
+    if (!few_)
+      for (int64_t s = 0; s < splits_; ++s) mean_norm += mean_norms_[s * ld_ + k];
     const float scale = head_.scale ? head_.scale[k] : 1.f;
     float* const distances = out + k * kLanes;
-    const uint32_t doubtful = isa_.distance_lanes(products_ + k * row_stride_ + first, splits_, means * row_stride_,
-                                                  norms, mean_norm, scale, distances);
+    const uint32_t doubtful = isa_.distance_lanes(sums_ + first * ld_ + k, splits_, row_stride_ * ld_, ld_,
+                                                  few_ ? nullptr : norms, mean_norm, scale, distances);
     for (int64_t j = 0; doubtful >> j; ++j)
-      if (doubtful >> j & 1 && first + j < x_.rows)
-        distances[j] = the_long_way(first + j, k, norms[j] + mean_norm) / scale;
+      if (doubtful >> j & 1 && first + j < x_.rows) distances[j] = the_long_way(first + j, k) / scale;
   }
 }
 

@@ -156,12 +156,11 @@ int64_t decide(const Rows& scores, const float* scale, const Departure& departur
   const auto fill = [&](int64_t first, float* z) {
     const int64_t count = std::min(kLanes, scores.rows - first);
     float row[kBlock];
-    double unused = 0;
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
       const int64_t n = std::min(kBlock, classes - begin);
       for (int64_t j = 0; j < count; ++j) {
         kernels().load_block(static_cast<const char*>(scores.data) + ((first + j) * scores.stride + begin) * size,
-                             scores.dtype, 0, nullptr, 1, n, row, &unused, nullptr, 0, nullptr, 0);
+                             scores.dtype, 0, nullptr, 1, n, row, nullptr);
         float* const column = z + begin * kLanes + j;
         for (int64_t k = 0; k < n; ++k) column[k * kLanes] = scale ? row[k] / scale[begin + k] : -row[k];
       }

@@ -14,6 +14,15 @@
 #define E2CM_IN_REGISTER(value, kind) static_cast<void>(0)
 #endif
 
+// The tiles live in registers only if their loops are unrolled before arrays are broken up.
+#if defined(__clang__)
+#define E2CM_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define E2CM_UNROLL _Pragma("GCC unroll 32")
+#else
+#define E2CM_UNROLL
+#endif
+
 namespace e2cm {
 namespace {
 

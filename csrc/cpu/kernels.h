@@ -17,32 +17,58 @@ constexpr int64_t kStride = kBlock + 16;
 constexpr int64_t kLanes = 16;
 // Blocks in scratch (kBlock floats a row) are filled up with zeros to a multiple of this: no tail in any inner loop.
 constexpr int64_t kPad = 16;
+// A product of a row and a mean is summed up in chains of this many additions, one after the other.
+constexpr int64_t kChain = 64;
 // Sums of squares outside of this range may have met squares that float32 cannot hold.
 constexpr double kTiny = 1e-25, kHuge = 1e38;
 
+// Rows of memory of which a block each will be needed soon: they are asked for, a few at a time, during other work.
+struct Ahead {
+  static constexpr int64_t few = kBlock / kChain;
+  const char* at;
+  int64_t rows, stride, block;  // stride and block in bytes
+
+  Ahead take_few() {
+    const Ahead taken = *this;
+    at += few * stride;
+    rows -= few;
+    return taken;
+  }
+};
+
 struct Kernels {
   const char* name;
+  int64_t panel;  // means that are packed side by side, at most
 
-  // x = source[r * stride + i] - center[i] for i < n <= kBlock, zeros behind it up to a multiple of kPad; center may be
-  // null (nothing is subtracted), source need not be aligned. Then, in one pass:
-  //   row_norms[r] += |x|^2                  products[k * ld + r] += x . means[k]
-  //   rows[r * kStride + i] = x, if there are no means or more than few_means of them; else rows may be null
+  // rows[r * kStride + i] = source[r * stride + i] - center[i] for i < n <= kBlock, zeros behind it up to a multiple of
+  // kPad; center may be null (nothing is subtracted). norms[r] += |row|^2, if norms is not null.
   void (*load_block)(const void* source, DType dtype, int64_t stride, const float* center, int64_t row_count, int64_t n,
-                     float* rows, double* row_norms, const float* means, int64_t mean_count, double* products,
-                     int64_t ld);
-  int64_t few_means;
+                     float* rows, double* norms);
 
-  // The products alone, of rows that load_block has left in scratch.
-  void (*add_products)(const float* rows, int64_t row_count, const float* means, int64_t mean_count, int64_t n,
-                       double* products, int64_t ld);
+  // squares[r * ld + k] += |x_r - mean_k|^2 over n <= kBlock numbers, x as it arrives. The means are float32, and
+  // zeros stand behind n up to a multiple of kPad.
+  void (*add_squares)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const float* means,
+                      int64_t mean_stride, int64_t mean_count, double* squares, int64_t ld);
+
+  // At most `panel` means, less the center, turned so that number i of all of them stands side by side, in vectors
+  // filled up with zeros. norms[k] += |mean|^2, if norms is not null.
+  void (*pack_means)(const void* source, DType dtype, int64_t stride, const float* center, int64_t mean_count,
+                     int64_t n, float* panel, double* norms);
+
+  // products[r * ld + k] += row_r . mean_k, of rows that load_block has left in scratch and means that pack_means has
+  // packed. Writes whole vectors: ld is a multiple of kLanes. What is ahead is asked for meanwhile: means, then rows.
+  void (*add_products)(const float* rows, int64_t row_count, const float* panel, int64_t mean_count, int64_t n,
+                       double* products, int64_t ld, Ahead& means_ahead, Ahead& rows_ahead);
 
   // || x - mean ||^2 the long way, which no cancellation can hurt.
   double (*squared_distance)(const void* x, DType x_dtype, const void* mean, DType mean_dtype, int64_t n);
 
-  // out[lane] = sqrt(row_norms[lane] + mean_norm - 2 * (sum over splits of products[split * split_stride + lane])) /
-  // scale. Returns the lanes, a bit each, in which the subtraction has cancelled too much to be believed.
-  uint32_t (*distance_lanes)(const double* products, int64_t splits, int64_t split_stride, const double* row_norms,
-                             double mean_norm, float scale, float* out);
+  // With sum[lane] = sum over splits of sums[split * split_stride + lane * ld], the square of a distance is sum[lane],
+  // or, if there are row norms, row_norms[lane] + mean_norm - 2 * sum[lane]. out[lane] = sqrt(square) / scale. Returns
+  // the lanes, a bit each, that are not to be believed: the subtraction has cancelled too much, or float32 was too
+  // narrow for the squares.
+  uint32_t (*distance_lanes)(const double* sums, int64_t splits, int64_t split_stride, int64_t ld,
+                             const double* row_norms, double mean_norm, float scale, float* out);
 
   // Penalties z[k * kLanes + lane] (smaller is likelier; +inf: impossible; NaN: spoils the row) become, per lane, the
   // best penalty and its class (the lowest of equals), sum e and sum e * (best - z) with e = exp(best - z); a lane that

@@ -3,9 +3,10 @@
 //   struct Vec { static constexpr int lanes; ... }   zero, set, load, load_once, load_as<Source>, store; add, sub, mul;
 //                                                    fma(a, b, c) = a * b + c; select_less(a, b, then, otherwise);
 //                                                    select_nan(a, then, otherwise); sum4(a, b, c, d, float[4]);
-//                                                    add_exponent(a, n) = a * 2^(n, held in the low bits)
-//   kLoadRows, kLoadMeans                            the register tile in which features arrive
-//   kTileRows, kTileMeans                            the register tile of add_products
+//                                                    add_exponent(a, n) = a * 2^(n, held in the low bits);
+//                                                    transpose(Vec[lanes])
+//   kSquareRows, kSquareMeans                        the register tile of add_squares
+//   kTileRows                                        of add_products, by two vectors
 //
 // and bf16 / f16 below are the storage types. Everything here is in an anonymous namespace too: a function compiled for
 // AVX-512 must never be the one that the linker keeps for all.
@@ -13,18 +14,12 @@
 #include <cstring>
 #include <limits>
 
-// The tiles live in registers only if their loops are unrolled before arrays are broken up.
-#if defined(__clang__)
-#define E2CM_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define E2CM_UNROLL _Pragma("GCC unroll 16")
-#else
-#define E2CM_UNROLL
-#endif
 #if defined(__GNUC__) || defined(__clang__)
 #define E2CM_PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#define E2CM_PREFETCH_NEAR(address) __builtin_prefetch(address, 0, 3)
 #else
 #define E2CM_PREFETCH(address) static_cast<void>(address)
+#define E2CM_PREFETCH_NEAR(address) static_cast<void>(address)
 #endif
 // One row per lane: these loops should become vectors. Right without it, too.
 #if defined(__GNUC__) || defined(__clang__)
@@ -38,153 +33,235 @@ namespace {
 
 // ---- sums of lanes --------------------------------------------------------------------------------------------------
 
-// products[c * ld + r] += the lanes of sums[c][r]. Every sum goes through the same tree, whatever tile it comes from.
+// out[r * ld + c] += the lanes of sums[c][r]. Every sum goes through the same tree, whatever tile it comes from.
 template <int R, int C>
-inline void add_lanes(const Vec (&sums)[C][R], double* products, int64_t ld) {
+inline void add_lanes(const Vec (&sums)[C][R], double* out, int64_t ld) {
   E2CM_UNROLL for (int q = 0; q < R * C; q += 4) {
     const auto at = [&](int i) { return i < R * C ? sums[i / R][i % R] : Vec::zero(); };
     alignas(16) float parts[4];
     Vec::sum4(at(q), at(q + 1), at(q + 2), at(q + 3), parts);
     E2CM_UNROLL for (int i = q; i < q + 4; ++i) {
-      if (i < R * C) products[i / R * ld + i % R] += parts[i - q];
+      if (i < R * C) out[i % R * ld + i / R] += parts[i - q];
     }
   }
-}
-
-// ---- features as they arrive: loaded, squared, and multiplied by the first means while memory still delivers
-// ---------
-
-// R rows of `source`, n a multiple of kPad: their norms, their products with C means, and themselves into `rows` if
-// kStore. `next` is where the rows that follow begin: they are asked for while these are worked on.
-template <int R, int C, bool kStore, class Source>
-void load_and_multiply(const Source* source, int64_t source_stride, const Source* next, const float* center, int64_t n,
-                       float* rows, double* row_norms, const float* means, double* products, int64_t ld) {
-  Vec x[R], norms[1][R], sums[C > 0 ? C : 1][R];
-  E2CM_UNROLL for (int r = 0; r < R; ++r) {
-    norms[0][r] = Vec::zero();
-    E2CM_UNROLL for (int c = 0; c < C; ++c) sums[c][r] = Vec::zero();
-  }
-  for (int64_t i = 0; i < n; i += Vec::lanes) {
-    const Vec offset = Vec::load_once(center + i);
-    E2CM_UNROLL for (int r = 0; r < R; ++r) {
-      const Source* const at = source + r * source_stride + i;
-      E2CM_PREFETCH(next + r * source_stride + i);
-      x[r] = Vec::sub(Vec::load_as(at), offset);
-      if (kStore) Vec::store(rows + r * kStride + i, x[r]);
-      norms[0][r] = Vec::fma(x[r], x[r], norms[0][r]);
-    }
-    E2CM_UNROLL for (int c = 0; c < C; ++c) {
-      const Vec m = Vec::load_once(means + c * kStride + i);
-      E2CM_UNROLL for (int r = 0; r < R; ++r) sums[c][r] = Vec::fma(x[r], m, sums[c][r]);
-    }
-  }
-  add_lanes<R, 1>(norms, row_norms, 0);
-  if constexpr (C > 0) add_lanes<R, C>(sums, products, ld);
-}
-
-template <class Source>
-using Loader = void (*)(const Source*, int64_t, const Source*, const float*, int64_t, float*, double*, const float*,
-                        double*, int64_t);
-
-// The loader for so many means; it stores rows if more means follow than it can take, or if there are none.
-template <class Source, int R, int C = 0>
-Loader<Source> loader_of(int64_t means) {
-  if constexpr (C == kLoadMeans) {
-    return means > C ? load_and_multiply<R, C, true, Source> : load_and_multiply<R, C, false, Source>;
-  } else {
-    return means == C ? load_and_multiply<R, C, C == 0, Source> : loader_of<Source, R, C + 1>(means);
-  }
-}
-
-// ---- products of rows and means, both in scratch --------------------------------------------------------------------
-
-// R rows x C means, all sums in registers.
-template <int R, int C>
-void multiply(const float* rows, const float* means, int64_t n, double* products, int64_t ld) {
-  Vec x[R], sums[C][R];
-  E2CM_UNROLL for (int c = 0; c < C; ++c) { E2CM_UNROLL for (int r = 0; r < R; ++r) sums[c][r] = Vec::zero(); }
-  for (int64_t i = 0; i < n; i += Vec::lanes) {
-    E2CM_UNROLL for (int r = 0; r < R; ++r) x[r] = Vec::load(rows + r * kStride + i);
-    E2CM_UNROLL for (int c = 0; c < C; ++c) {
-      const Vec m = Vec::load_once(means + c * kStride + i);
-      E2CM_UNROLL for (int r = 0; r < R; ++r) sums[c][r] = Vec::fma(x[r], m, sums[c][r]);
-    }
-  }
-  add_lanes<R, C>(sums, products, ld);
-}
-
-using Multiplier = void (*)(const float*, const float*, int64_t, double*, int64_t);
-
-template <int R, int C = 1>
-Multiplier multiplier_of(int64_t means) {
-  if constexpr (C == kTileMeans) {
-    return multiply<R, C>;
-  } else {
-    return means == C ? multiply<R, C> : multiplier_of<R, C + 1>(means);
-  }
-}
-
-Multiplier multiplier_of(int64_t rows, int64_t means) {
-  static_assert(kTileRows == 4, "one line per height");
-  return rows == 1   ? multiplier_of<1>(means)
-         : rows == 2 ? multiplier_of<2>(means)
-         : rows == 3 ? multiplier_of<3>(means)
-                     : multiplier_of<4>(means);
 }
 
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
-void add_products(const float* rows, int64_t row_count, const float* means, int64_t mean_count, int64_t n,
-                  double* products, int64_t ld) {
-  const int64_t whole = n / kPad * kPad;
-  const int64_t strips = (mean_count + kTileMeans - 1) / kTileMeans;
-  for (int64_t s = 0; s < strips; ++s) {  // as equal as can be: 10 means are 5 + 5, not 6 + 4
-    const int64_t begin = mean_count * s / strips, width = mean_count * (s + 1) / strips - begin;
-    const float* const strip = means + begin * kStride;
-    const Multiplier full = multiplier_of(kTileRows, width);
-    for (int64_t r = 0; r < row_count; r += kTileRows) {
-      const Multiplier run = r + kTileRows <= row_count ? full : multiplier_of(row_count - r, width);
-      const float* const from = rows + r * kStride;
-      double* const to = products + begin * ld + r;
-      if (whole) run(from, strip, whole, to, ld);
-      if (whole < n) run(from + whole, strip + whole, kPad, to, ld);  // apart, as load_block does: the same bits
+// What does not fill a vector: copied and filled up with zeros, to go the same way as the rest.
+template <class Source, int N>
+struct Tail {
+  Source rows[N][kPad] = {};
+
+  Tail(const Source* source, int64_t stride, int64_t count, int64_t n) {
+    for (int64_t r = 0; r < count; ++r) std::memcpy(rows[r], source + r * stride, n * sizeof(Source));
+  }
+};
+
+// ---- few means: the sum of (x - m)^2 itself, of features as they arrive ---------------------------------------------
+
+// R rows x C means, all sums in registers; n a multiple of kPad. `next`: the rows that follow, asked for in time.
+template <int R, int C, class Source>
+void square(const Source* x, int64_t stride, const Source* next, int64_t n, const float* means, int64_t mean_stride,
+            double* squares, int64_t ld) {
+  Vec sums[C][R];
+  E2CM_UNROLL for (int c = 0; c < C; ++c) { E2CM_UNROLL for (int r = 0; r < R; ++r) sums[c][r] = Vec::zero(); }
+  for (int64_t i = 0; i < n; i += Vec::lanes) {
+    Vec a[R];
+    E2CM_UNROLL for (int r = 0; r < R; ++r) {
+      a[r] = Vec::load_as(x + r * stride + i);
+      E2CM_PREFETCH(next + r * stride + i);
     }
+    E2CM_UNROLL for (int c = 0; c < C; ++c) {
+      const Vec m = Vec::load_once(means + c * mean_stride + i);
+      E2CM_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec difference = Vec::sub(a[r], m);
+        sums[c][r] = Vec::fma(difference, difference, sums[c][r]);
+      }
+    }
+  }
+  add_lanes<R, C>(sums, squares, ld);
+}
+
+template <class Source>
+using Squarer = void (*)(const Source*, int64_t, const Source*, int64_t, const float*, int64_t, double*, int64_t);
+
+template <class Source, int R, int C = 1>
+Squarer<Source> squarer_of(int64_t means) {
+  if constexpr (C == kSquareMeans) {
+    return square<R, C, Source>;
+  } else {
+    return means == C ? square<R, C, Source> : squarer_of<Source, R, C + 1>(means);
   }
 }
 
 template <class Source>
-void load_block_as(const Source* source, int64_t stride, const float* center, int64_t row_count, int64_t n, float* rows,
-                   double* row_norms, const float* means, int64_t mean_count, double* products, int64_t ld) {
-  static_assert(kLoadRows == 2, "one line per height");
-  static const float no_center[kBlock] = {};
-  if (!center) center = no_center;
-  const Loader<Source> pair = loader_of<Source, 2>(mean_count), single = loader_of<Source, 1>(mean_count);
+void add_squares_as(const Source* x, int64_t stride, int64_t row_count, int64_t n, const float* means,
+                    int64_t mean_stride, int64_t mean_count, double* squares, int64_t ld) {
+  static_assert(kSquareRows == 2, "one line per height");
   const int64_t whole = n / kPad * kPad, tail = n - whole;
-  // What does not fill a vector is copied and filled up with zeros, then goes the same way as the rest.
-  Source copies[2][kPad] = {};
-  float offsets[kPad] = {};
-  if (tail) std::memcpy(offsets, center + whole, tail * sizeof(float));
-  for (int64_t r = 0; r < row_count; r += kLoadRows) {
-    const int64_t count = at_most(kLoadRows, row_count - r);
-    const Loader<Source> load = count == kLoadRows ? pair : single;
-    const Source* const from = source + r * stride;
-    const Source* const next = r + kLoadRows < row_count ? from + kLoadRows * stride : source + n;  // or the next block
-    if (whole) load(from, stride, next, center, whole, rows + r * kStride, row_norms + r, means, products + r, ld);
-    if (!tail) continue;
-    for (int64_t i = 0; i < count; ++i) std::memcpy(copies[i], from + i * stride + whole, tail * sizeof(Source));
-    load(copies[0], kPad, copies[0], offsets, kPad, rows + r * kStride + whole, row_norms + r, means + whole,
-         products + r, ld);
+  const int64_t strips = (mean_count + kSquareMeans - 1) / kSquareMeans;
+  for (int64_t r = 0; r < row_count; r += kSquareRows) {
+    const int64_t count = at_most(kSquareRows, row_count - r);
+    const Source* const from = x + r * stride;
+    const Source* const next = r + kSquareRows < row_count ? from + kSquareRows * stride : x + n;  // or the next block
+    const Tail<Source, kSquareRows> rest(from + whole, stride, tail ? count : 0, tail);
+    for (int64_t s = 0; s < strips; ++s) {  // as equal as can be: 10 means are 5 + 5, not 6 + 4
+      const int64_t begin = mean_count * s / strips, width = mean_count * (s + 1) / strips - begin;
+      const Squarer<Source> run = count == 2 ? squarer_of<Source, 2>(width) : squarer_of<Source, 1>(width);
+      const float* const strip = means + begin * mean_stride;
+      double* const to = squares + r * ld + begin;
+      if (whole) run(from, stride, next, whole, strip, mean_stride, to, ld);
+      if (tail) run(rest.rows[0], kPad, rest.rows[0], kPad, strip + whole, mean_stride, to, ld);
+    }
   }
-  if (mean_count > kLoadMeans)
-    add_products(rows, row_count, means + kLoadMeans * kStride, mean_count - kLoadMeans, n, products + kLoadMeans * ld,
-                 ld);
+}
+
+void add_squares(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const float* means,
+                 int64_t mean_stride, int64_t mean_count, double* squares, int64_t ld) {
+  visit(x, dtype, [&](const auto* typed) {
+    add_squares_as(typed, stride, row_count, n, means, mean_stride, mean_count, squares, ld);
+  });
+}
+
+// ---- many means: rows into scratch, means into panels, and their products -------------------------------------------
+
+template <class Source>
+void load_row(const Source* source, const float* center, int64_t n, float* row, Vec& norm) {
+  for (int64_t i = 0; i < n; i += Vec::lanes) {
+    const Vec x = Vec::sub(Vec::load_as(source + i), Vec::load(center + i));
+    Vec::store(row + i, x);
+    norm = Vec::fma(x, x, norm);
+  }
+}
+
+const float* or_zeros(const float* center) {
+  static const float zeros[kBlock] = {};
+  return center ? center : zeros;
+}
+
+template <class Source>
+void load_block_as(const Source* source, int64_t stride, const float* center, int64_t row_count, int64_t n, float* rows,
+                   double* norms) {
+  const int64_t whole = n / kPad * kPad, tail = n - whole;
+  center = or_zeros(center);
+  const Tail<float, 1> offsets(center + whole, 0, 1, tail);
+  for (int64_t r = 0; r < row_count; ++r) {
+    Vec norm[1][1] = {{Vec::zero()}};
+    load_row(source + r * stride, center, whole, rows + r * kStride, norm[0][0]);
+    if (tail) {
+      const Tail<Source, 1> rest(source + r * stride + whole, 0, 1, tail);
+      load_row(rest.rows[0], offsets.rows[0], kPad, rows + r * kStride + whole, norm[0][0]);
+    }
+    if (norms) add_lanes<1, 1>(norm, norms + r, 0);
+  }
 }
 
 void load_block(const void* source, DType dtype, int64_t stride, const float* center, int64_t row_count, int64_t n,
-                float* rows, double* row_norms, const float* means, int64_t mean_count, double* products, int64_t ld) {
+                float* rows, double* norms) {
+  visit(source, dtype, [&](const auto* typed) { load_block_as(typed, stride, center, row_count, n, rows, norms); });
+}
+
+// `lanes` numbers of each of at most `lanes` means, turned: number i of all of them goes to panel[i * width].
+template <class Source>
+void pack_square(const Source* source, int64_t stride, int64_t mean_count, Vec center, int64_t n, float* panel,
+                 int64_t width, Vec& norms) {
+  Vec square[Vec::lanes];
+  E2CM_UNROLL for (int k = 0; k < Vec::lanes; ++k) {
+    square[k] = k < mean_count ? Vec::sub(Vec::load_as(source + k * stride), center) : Vec::zero();
+  }
+  Vec::transpose(square);
+  E2CM_UNROLL for (int i = 0; i < Vec::lanes; ++i) {
+    if (i < n) Vec::store(panel + i * width, square[i]);
+    norms = Vec::fma(square[i], square[i], norms);
+  }
+}
+
+template <class Source>
+void pack_vector(const Source* source, int64_t stride, const float* center, int64_t mean_count, int64_t n, float* panel,
+                 int64_t width, double* norms) {
+  for (int64_t begin = 0; begin < n; begin += kChain) {
+    Vec sums = Vec::zero();
+    for (int64_t i = begin; i < at_most(n, begin + kChain); i += Vec::lanes) {
+      if (i + Vec::lanes <= n) {
+        pack_square(source + i, stride, mean_count, Vec::load(center + i), n - i, panel + i * width, width, sums);
+      } else {
+        const Tail<Source, Vec::lanes> rest(source + i, stride, mean_count, n - i);
+        const Tail<float, 1> offsets(center + i, 0, 1, n - i);
+        pack_square(rest.rows[0], kPad, mean_count, Vec::load(offsets.rows[0]), n - i, panel + i * width, width, sums);
+      }
+    }
+    float parts[Vec::lanes];
+    Vec::store(parts, sums);
+    for (int64_t k = 0; k < mean_count && norms; ++k) norms[k] += parts[k];
+  }
+}
+
+void pack_means(const void* source, DType dtype, int64_t stride, const float* center, int64_t mean_count, int64_t n,
+                float* panel, double* norms) {
+  const int64_t width = mean_count > Vec::lanes ? 2 * Vec::lanes : Vec::lanes;
   visit(source, dtype, [&](const auto* typed) {
-    load_block_as(typed, stride, center, row_count, n, rows, row_norms, means, mean_count, products, ld);
+    for (int64_t k = 0; k < mean_count; k += Vec::lanes)
+      pack_vector(typed + k * stride, stride, or_zeros(center), at_most(Vec::lanes, mean_count - k), n, panel + k,
+                  width, norms ? norms + k : nullptr);
   });
+}
+
+// R rows x C vectors of means: every sum a lane of its own, so nothing is left to be added up but the chains.
+template <int R, int C>
+void multiply(const float* rows, const float* panel, int64_t n, double* products, int64_t ld, Ahead ahead) {
+  alignas(64) float chains[R][C * Vec::lanes];
+  for (int64_t begin = 0; begin < n; begin += kChain) {
+    Vec sums[R][C];
+    E2CM_UNROLL for (int r = 0; r < R; ++r) { E2CM_UNROLL for (int c = 0; c < C; ++c) sums[r][c] = Vec::zero(); }
+    const int64_t end = at_most(n, begin + kChain);
+    const int64_t row = begin / kChain;
+    // Not just anywhere: asking for a page that does not exist takes long.
+    const char* const soon = row < ahead.rows ? ahead.at + row * ahead.stride : reinterpret_cast<const char*>(panel);
+    for (int64_t i = begin; i < end; ++i) {
+      const float* const m = panel + i * (C * Vec::lanes);
+      Vec means[C];
+      E2CM_UNROLL for (int c = 0; c < C; ++c) {
+        means[c] = Vec::load_once(m + c * Vec::lanes);
+        E2CM_PREFETCH_NEAR(m + (16 * C + c) * Vec::lanes);
+      }
+      E2CM_PREFETCH(soon + (i - begin) * ahead.block / kChain);
+      E2CM_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec x = Vec::set(rows[r * kStride + i]);
+        E2CM_UNROLL for (int c = 0; c < C; ++c) sums[r][c] = Vec::fma(x, means[c], sums[r][c]);
+      }
+    }
+    E2CM_UNROLL for (int r = 0; r < R; ++r) {
+      E2CM_UNROLL for (int c = 0; c < C; ++c) {
+        float* const chain = chains[r] + c * Vec::lanes;
+        Vec::store(chain, begin ? Vec::add(Vec::load(chain), sums[r][c]) : sums[r][c]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    E2CM_SIMD for (int k = 0; k < C * Vec::lanes; ++k) products[r * ld + k] += static_cast<double>(chains[r][k]);
+}
+
+using Multiplier = void (*)(const float*, const float*, int64_t, double*, int64_t, Ahead);
+
+template <int C, int R = 1>
+Multiplier multiplier_of(int64_t rows) {
+  if constexpr (R == kTileRows) {
+    return multiply<R, C>;
+  } else {
+    return rows == R ? multiply<R, C> : multiplier_of<C, R + 1>(rows);
+  }
+}
+
+void add_products(const float* rows, int64_t row_count, const float* panel, int64_t mean_count, int64_t n,
+                  double* products, int64_t ld, Ahead& means_ahead, Ahead& rows_ahead) {
+  const int64_t tiles = (row_count + kTileRows - 1) / kTileRows;
+  for (int64_t t = 0; t < tiles; ++t) {  // as equal as can be: a tile of few rows waits for itself
+    const int64_t begin = row_count * t / tiles, height = row_count * (t + 1) / tiles - begin;
+    const Multiplier run = mean_count > Vec::lanes ? multiplier_of<2>(height) : multiplier_of<1>(height);
+    Ahead& ahead = means_ahead.rows > 0 ? means_ahead : rows_ahead;
+    run(rows + begin * kStride, panel, n, products + begin * ld, ld, ahead.take_few());
+  }
 }
 
 // ---- distance the long way ------------------------------------------------------------------------------------------
@@ -225,20 +302,21 @@ double squared_distance(const void* x, DType x_dtype, const void* mean, DType me
 
 // ---- distances from norms and products, one row per lane ------------------------------------------------------------
 
-uint32_t distance_lanes(const double* products, int64_t splits, int64_t split_stride, const double* row_norms,
+uint32_t distance_lanes(const double* sums, int64_t splits, int64_t split_stride, int64_t ld, const double* row_norms,
                         double mean_norm, float scale, float* out) {
-  double sum[kLanes];
-  for (int j = 0; j < kLanes; ++j) sum[j] = products[j];
+  double sum[kLanes], norms[kLanes];
+  for (int j = 0; j < kLanes; ++j) sum[j] = sums[j * ld];
   for (int64_t s = 1; s < splits; ++s)
-    for (int j = 0; j < kLanes; ++j) sum[j] += products[s * split_stride + j];
-  // Rounding has gone up to one chain of sums, kBlock / lanes long; the subtraction multiplies what it left.
-  constexpr double doubt = 1.0 / Vec::lanes;
+    for (int j = 0; j < kLanes; ++j) sum[j] += sums[s * split_stride + j * ld];
+  // Rounding has gone up to one chain and the chains of a block; the subtraction multiplies what it left.
+  constexpr double doubt = static_cast<double>(kChain) / kBlock;
+  for (int j = 0; j < kLanes; ++j) norms[j] = row_norms ? row_norms[j] + mean_norm : sum[j];
+  if (row_norms)
+    for (int j = 0; j < kLanes; ++j) sum[j] = norms[j] - 2 * sum[j];
   int32_t doubtful[kLanes];
   E2CM_SIMD for (int j = 0; j < kLanes; ++j) {
-    const double norms = row_norms[j] + mean_norm;
-    const double square = norms - 2 * sum[j];
-    doubtful[j] = !(square >= norms * doubt) | !(norms >= kTiny) | !(norms <= kHuge);
-    out[j] = std::sqrt(static_cast<float>(square)) / scale;
+    doubtful[j] = !(sum[j] >= norms[j] * doubt) | !(norms[j] >= kTiny) | !(norms[j] <= kHuge);
+    out[j] = std::sqrt(static_cast<float>(sum[j])) / scale;
   }
   uint32_t mask = 0;
   for (int j = 0; j < kLanes; ++j) mask |= static_cast<uint32_t>(doubtful[j]) << j;
@@ -295,7 +373,8 @@ void softmax_lanes(const float* z, int64_t classes, float* best, int64_t* predic
 }
 
 constexpr Kernels table(const char* name) {
-  return {name, load_block, kLoadMeans, add_products, squared_distance, distance_lanes, softmax_lanes};
+  return {name,         2 * Vec::lanes,   load_block,     add_squares,  pack_means,
+          add_products, squared_distance, distance_lanes, softmax_lanes};
 }
 
 }  // namespace

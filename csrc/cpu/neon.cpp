@@ -7,7 +7,7 @@
 namespace e2cm {
 namespace {
 
-constexpr int kLoadRows = 2, kLoadMeans = 10, kTileRows = 4, kTileMeans = 6;
+constexpr int kSquareRows = 2, kSquareMeans = 12, kTileRows = 12;
 
 struct Vec {
   static constexpr int lanes = 4;
@@ -41,6 +41,13 @@ struct Vec {
   }
   static Vec load_as(const f16* p) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
+  }
+  static void transpose(Vec (&a)[lanes]) {
+    const float32x4x2_t low = vtrnq_f32(a[0].v, a[1].v), high = vtrnq_f32(a[2].v, a[3].v);
+    a[0].v = vcombine_f32(vget_low_f32(low.val[0]), vget_low_f32(high.val[0]));
+    a[1].v = vcombine_f32(vget_low_f32(low.val[1]), vget_low_f32(high.val[1]));
+    a[2].v = vcombine_f32(vget_high_f32(low.val[0]), vget_high_f32(high.val[0]));
+    a[3].v = vcombine_f32(vget_high_f32(low.val[1]), vget_high_f32(high.val[1]));
   }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v)));

@@ -1,11 +1,13 @@
 // Portable C++: what every machine can run. Four floats side by side, which compilers turn into whatever is there.
+#include <utility>
+
 #include "half.h"
 #include "kernels.h"
 
 namespace e2cm {
 namespace {
 
-constexpr int kLoadRows = 2, kLoadMeans = 5, kTileRows = 4, kTileMeans = 2;
+constexpr int kSquareRows = 2, kSquareMeans = 2, kTileRows = 4;
 
 struct Vec {
   static constexpr int lanes = 4;
@@ -55,6 +57,10 @@ struct Vec {
     return c;
   }
   static float sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+  static void transpose(Vec (&a)[lanes]) {
+    for (int i = 0; i < lanes; ++i)
+      for (int j = 0; j < i; ++j) std::swap(a[i].v[j], a[j].v[i]);
+  }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
   }
