@@ -5,7 +5,27 @@
 #include "../exit_step.h"
 #include "parallel.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace e2cm {
+namespace {
+
+// Memory of this size comes fresh from the system, which clears it page by page as it is first written: that takes
+// longer than the copy. With large pages it is cleared 512 at a time.
+void prefer_large_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (bytes >= int64_t{1} << 25) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // or not: a wish
+#else
+  static_cast<void>(memory), static_cast<void>(bytes);
+#endif
+}
+
+}  // namespace
 
 int64_t kept_rows(const uint8_t* mask, int64_t rows, int64_t* keep) {
   int64_t count = 0;
@@ -21,6 +41,7 @@ void gather_rows(const void* source, int64_t row_bytes, int64_t source_stride, c
   const char* const from = static_cast<const char*>(source);
   char* const to = static_cast<char*>(target);
   if (row_bytes == 0) return;
+  prefer_large_pages(target, count * row_bytes);
   const int64_t together = 1 + (int64_t{1} << 16) / row_bytes;  // rows: a single one may be too little to hand out
   parallel_for((count + together - 1) / together, useful_threads(threads, count * row_bytes / 2),
                [&](int64_t piece, int) {
