@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
 #include "exit_step.h"
+#include "search.h"
 #ifdef E2CM_HAVE_CUDA
 #include "cuda/launch.h"
 #endif
@@ -108,6 +110,41 @@ py::dict build_info() {
   return info;
 }
 
+// ---- the threshold search
+
+using e2cm::ThresholdSearch;
+
+std::unique_ptr<ThresholdSearch> threshold_search(Address confidence, Address correct, int64_t rows, int64_t exits,
+                                                  Address stage_flops, Address head_flops) {
+  py::gil_scoped_release unlocked;
+  return std::make_unique<ThresholdSearch>(e2cm::RecordView{at<const float>(confidence), at<const uint8_t>(correct),
+                                                            rows, exits, at<const double>(stage_flops),
+                                                            at<const double>(head_flops)});
+}
+
+void sort(ThresholdSearch& self, int64_t first, int64_t count, int threads) {
+  py::gil_scoped_release unlocked;
+  self.sort(first, count, threads);
+}
+
+void search(const ThresholdSearch& self, int64_t first, int64_t count, int64_t targets, uint64_t seed,
+            Address thresholds, Address flops, Address accuracy, int threads) {
+  py::gil_scoped_release unlocked;
+  self.search(first, count, targets, seed, {at<float>(thresholds), at<double>(flops), at<double>(accuracy)}, threads);
+}
+
+void ascend(const ThresholdSearch& self, int64_t first, int64_t count, int64_t prices, Address thresholds,
+            Address flops, Address accuracy, int threads) {
+  py::gil_scoped_release unlocked;
+  self.ascend(first, count, prices, {at<float>(thresholds), at<double>(flops), at<double>(accuracy)}, threads);
+}
+
+void replay(const ThresholdSearch& self, int64_t count, Address thresholds, Address flops, Address accuracy,
+            int threads) {
+  py::gil_scoped_release unlocked;
+  self.replay(count, {at<float>(thresholds), at<double>(flops), at<double>(accuracy)}, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
@@ -142,4 +179,18 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("target"), py::arg("stream"));
 #endif
   m.def("build_info", &build_info, "How this module was built, and the instruction set it uses.");
+
+  py::class_<ThresholdSearch>(m, "ThresholdSearch", "See csrc/search.h; use e2cm_ext.calibration.")
+      .def(py::init(&threshold_search), py::arg("confidence"), py::arg("correct"), py::arg("rows"), py::arg("exits"),
+           py::arg("stage_flops"), py::arg("head_flops"))
+      .def("sort", &sort, "Each exit once, while the record is still there.", py::arg("first"), py::arg("count"),
+           py::arg("threads"))
+      .def("search", &search, "The paper's search for count of the targets.", py::arg("first"), py::arg("count"),
+           py::arg("targets"), py::arg("seed"), py::arg("thresholds"), py::arg("flops"), py::arg("accuracy"),
+           py::arg("threads"))
+      .def("ascend", &ascend, "Coordinate ascent from the thresholds given, which are replaced.", py::arg("first"),
+           py::arg("count"), py::arg("prices"), py::arg("thresholds"), py::arg("flops"), py::arg("accuracy"),
+           py::arg("threads"))
+      .def("replay", &replay, "FLOPs and accuracy of given thresholds.", py::arg("count"), py::arg("thresholds"),
+           py::arg("flops"), py::arg("accuracy"), py::arg("threads"));
 }

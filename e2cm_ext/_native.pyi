@@ -92,3 +92,24 @@ def cuda_gather_rows(
     stream: int,
 ) -> None: ...  # only in a build with CUDA
 def build_info() -> dict[str, Any]: ...
+
+class ThresholdSearch:
+    def __init__(
+        self, confidence: int, correct: int, rows: int, exits: int, stage_flops: int, head_flops: int
+    ) -> None: ...
+    def sort(self, first: int, count: int, threads: int) -> None: ...
+    def search(
+        self,
+        first: int,
+        count: int,
+        targets: int,
+        seed: int,
+        thresholds: int,
+        flops: int,
+        accuracy: int,
+        threads: int,
+    ) -> None: ...
+    def ascend(
+        self, first: int, count: int, prices: int, thresholds: int, flops: int, accuracy: int, threads: int
+    ) -> None: ...
+    def replay(self, count: int, thresholds: int, flops: int, accuracy: int, threads: int) -> None: ...
