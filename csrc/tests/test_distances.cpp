@@ -120,14 +120,18 @@ TEST(cancellation) {
 }
 
 // Equal features round the same way every time: sums drift as far as they can.
+constexpr int64_t kBothWays[] = {7, 40};  // few classes and many
+
 TEST(drift) {
   const Report report("drift");
   Random random(5);
   for (int i = 0; i < times(300); ++i) {
     const int64_t dim = random.pick(kDims), batch = 1 + random.below(5);
-    Problem problem(batch, 2, dim, DType::f32, DType::f32, false);
+    const int64_t classes = random.pick(kBothWays);
+    Problem problem(batch, classes, dim, DType::f32, DType::f32, false);
     const double level = 1 + 200 * random.uniform();
-    for (int64_t d = 0; d < dim; ++d) problem.means.set(0, d, level), problem.means.set(1, d, -level * 0.9);
+    for (int64_t k = 0; k < classes; ++k)
+      for (int64_t d = 0; d < dim; ++d) problem.means.set(k, d, k ? -level * 0.9 : level);
     for (int64_t b = 0; b < batch; ++b) {
       const double away = 1 + (random.chance(0.5) ? -1 : 1) * std::pow(10, -2 * random.uniform());
       for (int64_t d = 0; d < dim; ++d) problem.x.set(b, d, level * away);
@@ -141,14 +145,14 @@ TEST(a_row_that_is_a_mean) {
   Random random(6);
   for (const DType dtype : kDTypes)
     for (const int64_t dim : kDims)
-      for (const bool centered : {false, true}) {
-        Problem problem(5, 7, dim, dtype, dtype, centered);
+      for (const int64_t classes : kBothWays) {
+        Problem problem(5, classes, dim, dtype, dtype, random.chance(0.5));
         problem.fill(random, 100);
         for (int64_t b = 0; b < 5; ++b) problem.x.copy_row(b + 1, problem.means, b);
         state().context = problem.text();
-        const Exact<float> out(5 * 7, kNothing);
+        const Exact<float> out(5 * classes, kNothing);
         class_distances(problem.x.view(), problem.head(), out.data(), 1);
-        for (int64_t b = 0; b < 5; ++b) CHECK(out[b * 7 + b + 1] == 0);
+        for (int64_t b = 0; b < 5; ++b) CHECK(out[b * classes + b + 1] == 0);
       }
 }
 
@@ -157,7 +161,8 @@ TEST(magnitudes) {
   Random random(7);
   for (const double unit : {1e-15, 1e-12, 1e-6, 1e6, 1e12, 1e15})
     for (const int64_t dim : {1, 17, 513, 8191}) {
-      Problem problem(5, 7, dim, random.chance(0.5) ? DType::f32 : DType::bf16, DType::f32, random.chance(0.5));
+      Problem problem(5, random.pick(kBothWays), dim, random.chance(0.5) ? DType::f32 : DType::bf16, DType::f32,
+                      random.chance(0.5));
       problem.fill(random, random.chance(0.5) ? 0 : 10, unit);
       state().context = problem.text() + ", unit " + std::to_string(unit);
       check_distances(problem, random, 1, 35);
@@ -171,7 +176,7 @@ TEST(rows_that_are_not_finite) {
     for (const int64_t dim : {1, 16, 17, 513, 8191})
       for (const double bad : {kNan, kInf, -kInf})
         for (const bool centered : {false, true}) {
-          const int64_t batch = 19, classes = 7;
+          const int64_t batch = 19, classes = random.pick(kBothWays);
           Problem problem(batch, classes, dim, dtype, DType::f32, centered);
           problem.fill(random, 1);
           state().context = problem.text() + ", with " + std::to_string(bad);
