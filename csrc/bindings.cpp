@@ -8,6 +8,7 @@
 
 #include "exit_step.h"
 #include "search.h"
+#include "usual_call.h"
 #ifdef E2CM_HAVE_CUDA
 #include "cuda/launch.h"
 #endif
@@ -178,6 +179,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("source"), py::arg("row_bytes"), py::arg("source_stride"), py::arg("index"), py::arg("count"),
         py::arg("target"), py::arg("stream"));
 #endif
+  e2cm::bind_usual_calls(m);
   m.def("build_info", &build_info, "How this module was built, and the instruction set it uses.");
 
   py::class_<ThresholdSearch>(m, "ThresholdSearch", "See csrc/search.h; use e2cm_ext.calibration.")

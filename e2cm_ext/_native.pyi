@@ -1,6 +1,8 @@
 # Addresses are of a tensor's first element; 0 stands for "none". dtypes: 0 float32, 1 bfloat16, 2 float16.
 from typing import Any
 
+from torch import Tensor
+
 def class_distances(
     x: int,
     x_dtype: int,
@@ -91,6 +93,34 @@ def cuda_gather_rows(
     target: int,
     stream: int,
 ) -> None: ...  # only in a build with CUDA
+def meet_torch(tensor: type, parameter: type, decisions: type) -> bool: ...
+
+# By position only. Whatever comes: None if it is not as usual.
+def usual_exit_step(
+    x: object,
+    means: object,
+    scale: object,
+    threshold: object,
+    ids: object,
+    out: object,
+    center: object,
+    rule: object,
+    exit: object,
+    threads: int,
+    /,
+) -> tuple[Tensor, Tensor] | None: ...
+def usual_decide(
+    x: object,
+    scores: object,
+    threshold: object,
+    ids: object,
+    out: object,
+    scale: object,
+    rule: object,
+    exit: object,
+    threads: int,
+    /,
+) -> tuple[Tensor, Tensor] | None: ...
 def build_info() -> dict[str, Any]: ...
 
 class ThresholdSearch:

@@ -17,58 +17,6 @@ RULES = {"confidence": 0, "entropy": 1}
 _STRIDED, _FLOAT32, _INT64 = torch.strided, torch.float32, torch.int64
 
 
-def usual_exit_step(
-    x: Tensor, means: Tensor, scale: Tensor, ids: Tensor, out: Decisions, center: Tensor | None
-) -> bool:
-    """One quick look for what nearly every call brings: plain float32 tensors on the CPU, contiguous, shapes that fit.
-
-    True: nothing is left to check or to convert. False: look at one argument after the other, with the functions below,
-    which take four times as long: as long as the kernel itself for a small batch.
-    """
-    try:
-        prediction, confidence, exit, log_probs = out
-        rows, dim = x.shape
-        classes = means.shape[0]
-        count = prediction.shape
-        return (
-            x.dtype is means.dtype is scale.dtype is confidence.dtype is _FLOAT32
-            and ids.dtype is prediction.dtype is exit.dtype is _INT64
-            and not (x.is_neg() or means.is_neg() or scale.is_neg() or confidence.is_neg())
-            and x.is_cpu and means.is_cpu and scale.is_cpu and ids.is_cpu
-            and prediction.is_cpu and confidence.is_cpu and exit.is_cpu
-            and classes > 0
-            and means.shape == (classes, dim)
-            and scale.shape == (classes,)
-            and ids.shape == (rows,)
-            and len(count) == 1
-            and count == confidence.shape == exit.shape
-            and x.is_contiguous() and means.is_contiguous() and scale.is_contiguous() and ids.is_contiguous()
-            and prediction.is_contiguous() and confidence.is_contiguous() and exit.is_contiguous()
-            and (
-                center is None
-                or (
-                    center.dtype is _FLOAT32
-                    and not center.is_neg()
-                    and center.is_cpu
-                    and center.shape == (dim,)
-                    and center.is_contiguous()
-                )
-            )
-            and (
-                log_probs is None
-                or (
-                    log_probs.dtype is _FLOAT32
-                    and not log_probs.is_neg()
-                    and log_probs.is_cpu
-                    and log_probs.shape == (count[0], classes)
-                    and log_probs.is_contiguous()
-                )
-            )
-        )  # fmt: skip
-    except (AttributeError, IndexError, TypeError, ValueError):
-        return False
-
-
 class Batch(NamedTuple):
     """A batch as the kernels see it: rows of `dim` numbers, dense inside, `stride` numbers apart."""
 
@@ -117,6 +65,8 @@ def strided(name: str, value: Tensor, wanted: str) -> Tensor:
         raise TypeError(f"`{name}` is a {type(value).__name__}; wanted {wanted}")
     if value.layout is not _STRIDED:
         raise TypeError(f"`{name}` has layout {value.layout}; wanted {wanted}, strided: call .to_dense()")
+    if value.is_cpu and value.data_ptr() == 0 and value.numel() > 0:  # functionalize, zero tensors of autograd
+        raise TypeError(f"`{name}` has no memory behind it; wanted {wanted}")
     return value.resolve_conj().resolve_neg() if value.is_conj() or value.is_neg() else value
 
 

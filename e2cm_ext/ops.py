@@ -22,10 +22,17 @@ from .decisions import Decisions
 
 __all__ = ["ClassScores", "class_distances", "class_scores", "compact", "decide", "exit_step"]
 
-# Looked up once: an attribute of a module costs as much as one of the checks below.
+# Looked up once: an attribute of a module costs as much as looking at a tensor.
 _is_compiling = torch.compiler.is_compiling
 _active_modes = torch._C._len_torch_dispatch_stack
+_threads = torch.get_num_threads
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+# An exit is done in one native call if its arguments are what nearly every call brings: plain tensors on the CPU, in
+# shapes, dtypes and memory orders that fit (csrc/usual_call.cpp). For anything else, and for everything before torch
+# 2.10, these give None, and the way through checks.py is taken: it makes arguments fit or says what is wrong with them.
+_native.meet_torch(Tensor, torch.nn.Parameter, Decisions)
+_usual_exit_step, _usual_decide = _native.usual_exit_step, _native.usual_decide
 
 
 class ClassScores(NamedTuple):
@@ -79,6 +86,10 @@ def exit_step(
     Returns the survivors, in their old order and memory format, and their ids. If all survive these are `x` and `ids`
     themselves, not copies.
     """
+    if not (_is_compiling() or _active_modes()):
+        done = _usual_exit_step(x, means, scale, threshold, ids, out, center, rule, exit, _threads())
+        if done is not None:
+            return done
     if _traced(x, means, scale, ids, center, out=out):
         result: tuple[Tensor, Tensor] = _exit_step_op(
             x, means, scale, _threshold_tensor(threshold), ids, *out, center, rule, exit
@@ -103,6 +114,10 @@ def decide(
     `scores` are logits; with `scale` [K] they are distances, and -scores / scale are the logits. A logit of -inf rules
     its class out; a row with a NaN or +inf never leaves.
     """
+    if not (_is_compiling() or _active_modes()):
+        done = _usual_decide(x, scores, threshold, ids, out, scale, rule, exit, _threads())
+        if done is not None:
+            return done
     if _traced(x, scores, ids, scale, out=out):
         result: tuple[Tensor, Tensor] = _decide_op(
             x, scores, _threshold_tensor(threshold), ids, *out, scale, rule, exit
@@ -142,7 +157,7 @@ def _class_distances(x: Tensor, means: Tensor, center: Tensor | None) -> Tensor:
     out = _floats(f.rows, classes)
     _native.class_distances(
         f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride, m.data_ptr(), m_dtype, classes, _address(center),
-        out.data_ptr(), torch.get_num_threads(),
+        out.data_ptr(), _threads(),
     )  # fmt: skip
     return out
 
@@ -158,7 +173,7 @@ def _class_scores(x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None
     _native.class_scores(
         f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride, m.data_ptr(), m_dtype, classes, _address(center),
         scale.data_ptr(), confidence.data_ptr(), prediction.data_ptr(), log_probs.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )  # fmt: skip
     return confidence, prediction, log_probs
 
@@ -175,27 +190,22 @@ def _exit_step(
     exit: int,
 ) -> tuple[Tensor, Tensor]:
     limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
-    if checks.usual_exit_step(x, means, scale, ids, out, center):
-        rows, dim = x.shape
-        f = checks.Batch(x, 0, rows, dim, dim, False)
-        m_dtype, classes, out_rows = 0, means.shape[0], out[0].shape[0]
-    else:
-        f = checks.features("x", x)
-        means, m_dtype, classes = checks.class_means(f, means)
-        scale = checks.scales("scale", scale, classes, x)
-        center = checks.center(f, center)
-        ids = checks.sample_ids(ids, f.rows, x)
-        out_rows = checks.decisions(out, classes, x)
-        if not x.is_cpu:
-            means = _like_x(x, means)
-            return reference.exit_step(x, means, scale, limit, ids, out, center, rule=rule, exit=exit)
+    f = checks.features("x", x)
+    means, m_dtype, classes = checks.class_means(f, means)
+    scale = checks.scales("scale", scale, classes, x)
+    center = checks.center(f, center)
+    ids = checks.sample_ids(ids, f.rows, x)
+    out_rows = checks.decisions(out, classes, x)
+    if not x.is_cpu:
+        means = _like_x(x, means)
+        return reference.exit_step(x, means, scale, limit, ids, out, center, rule=rule, exit=exit)
     keep = _integers(f.rows)
     prediction, confidence, exited, log_probs = out
     count = _native.exit_step(
         f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride, means.data_ptr(), m_dtype, classes, _address(center),
         scale.data_ptr(), code, limit, exit, ids.data_ptr(), out_rows, confidence.data_ptr(), prediction.data_ptr(),
         exited.data_ptr(), _address(log_probs), keep.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )  # fmt: skip
     return _survivors(x, f, ids, keep, count)
 
@@ -227,7 +237,7 @@ def _decide(
     count = _native.decide(
         s.tensor.data_ptr(), s.dtype, s.rows, s.dim, s.stride, _address(scale), code, limit,
         exit, ids.data_ptr(), out_rows, confidence.data_ptr(), prediction.data_ptr(), exited.data_ptr(),
-        _address(log_probs), keep.data_ptr(), torch.get_num_threads(),
+        _address(log_probs), keep.data_ptr(), _threads(),
     )  # fmt: skip
     return _survivors(x, f, ids, keep, count)
 
@@ -261,7 +271,7 @@ def _take(f: checks.Batch, index: Tensor) -> Tensor:
     size = x.element_size()
     _native.gather_rows(
         x.data_ptr(), f.dim * size, f.stride * size, index.data_ptr(), index.shape[0], out.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
     )  # fmt: skip
     return out
 
