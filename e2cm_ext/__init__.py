@@ -9,10 +9,54 @@ except ModuleNotFoundError as error:
         "e2cm_ext has no compiled module here: `pip install .` makes one (`pip install -e .`, to work on the package); "
         "a checkout that is not installed cannot be imported"
     ) from error
-from . import ops, reference
+from . import calibration, cascade, cost, data, fast_exit, heads, ops, reference, rules, stages
+from .calibration import Curve, OperatingPoint, curve
+from .cost import Costs
 from .decisions import Decisions
+from .early_exit import EarlyExit, Evaluation
+from .fast_exit import FastExit
+from .heads import ClassMeans, Head, PooledMeans
+from .record import Record
+from .rules import Confidence, Entropy, Rule
+from .stages import CutError, Stages, cut
 
 __version__: str = build_info()["version"]
-__all__ = ["Decisions", "__version__", "build_info", "ops", "reference"]
+__all__ = [
+    # wrap a network, or write an exit into it
+    "EarlyExit",
+    "Evaluation",
+    "FastExit",
+    "fast_exit",
+    # what they are made of
+    "CutError",
+    "Stages",
+    "cut",
+    "Costs",
+    "Head",
+    "ClassMeans",
+    "PooledMeans",
+    "Rule",
+    "Confidence",
+    "Entropy",
+    "Decisions",
+    # thresholds
+    "Record",
+    "Curve",
+    "OperatingPoint",
+    "curve",
+    # the rooms
+    "calibration",
+    "cascade",
+    "cost",
+    "data",
+    "heads",
+    "ops",
+    "reference",
+    "rules",
+    "stages",
+    # this build
+    "__version__",
+    "build_info",
+]
 
 del torch

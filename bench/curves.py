@@ -1,0 +1,151 @@
+"""E2CM on a trained network and real images: accuracy at every exit, and the curve of accuracy over FLOPs.
+
+    python bench/curves.py networks.py "cifar10_resnet(56)" cifar10.npz --mean .485 .456 .406 --std .229 .224 .225
+
+`networks.py` is a file of yours; the call in quotes is made in it, and returns a network in eval mode (or a tuple that
+begins with one). The images are a .npz file as `e2cm_ext.data.load` reads it, or the name of a torchvision data set.
+
+Heads are fitted on the first --fit training images (default: all). Thresholds are searched twice: on all training
+images, as the paper does, and on --held-out test images drawn with a fixed seed, which the network has never seen; the
+first are measured on all test images, the second on the other test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import runpy
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import e2cm_ext as e2cm
+
+BUDGETS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+SEED = 0
+T = TypeVar("T")
+
+
+def network(path: Path, call: str) -> torch.nn.Module:
+    made = eval(call, runpy.run_path(str(path)))
+    return made[0] if isinstance(made, tuple) else made
+
+
+def timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
+    start = time.perf_counter()
+    result = work()
+    seconds[name] = time.perf_counter() - start
+    return result
+
+
+def at_budgets(curve: e2cm.Curve, record: e2cm.Record) -> list[dict[str, float] | None]:
+    """What the thresholds found for each budget do on another record: by time sharing, as the paper draws its curves."""
+
+    def measured(budget: float) -> dict[str, float] | None:
+        if budget < curve.flops[0]:
+            return None  # cheaper than the first exit
+        point = curve.at(budget)
+        found = record.replay(point.thresholds)
+        flops, accuracy = found.flops, found.accuracy
+        if point.other is not None:
+            other = record.replay(point.other.thresholds)
+            flops = point.share * flops + (1 - point.share) * other.flops
+            accuracy = point.share * accuracy + (1 - point.share) * other.accuracy
+        return {"budget": budget, "flops": flops, "accuracy": accuracy}
+
+    return [measured(budget) for budget in BUDGETS]
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    normalise = (options.mean, options.std) if options.mean else None
+
+    def images(split: str, part: slice | None = None) -> e2cm.data.Batches:
+        return e2cm.data.load(
+            options.data, split=split, normalise=normalise, part=part, batch_size=options.batch, channels_last=True
+        )
+
+    train, test = images("train"), images("test")
+    model = network(options.networks, options.call).to(memory_format=torch.channels_last)
+    example, _ = next(iter(test))
+    ee = e2cm.EarlyExit(model, example[:1], exits=options.exits, head=options.head)
+    seconds: dict[str, float] = {}
+    fitted_on = images("train", slice(options.fit)) if options.fit else train
+    timed(seconds, "fit", lambda: ee.fit(fitted_on))
+    on_test = timed(seconds, "record of the test images", lambda: ee.record(test))
+    accuracy = on_test.accuracy.tolist()
+    result: dict[str, Any] = {
+        "network": options.call,
+        "data": Path(options.data).name,
+        "head": options.head,
+        "fitted on": len(fitted_on.dataset),
+        "exits": list(ee.exit_names),
+        "cost of leaving": ee.costs.fractions.tolist(),
+        "accuracy at the exits": accuracy[:-1],
+        "accuracy of the network": accuracy[-1],
+    }
+    order = torch.randperm(len(on_test), generator=torch.Generator().manual_seed(SEED))
+    held_out, others = on_test.part(order[: options.held_out]), on_test.part(order[options.held_out :])
+    searched = timed(seconds, "search on held-out images", lambda: e2cm.curve(held_out, method=options.method))
+    result["thresholds from held-out images"] = at_budgets(searched, others)
+    if not options.skip_train:
+        on_train = timed(seconds, "record of the training images", lambda: ee.record(train))
+        searched = timed(seconds, "search on training images", lambda: e2cm.curve(on_train, method=options.method))
+        result["thresholds from training images"] = at_budgets(searched, on_test)
+    return result | {"seconds": seconds}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['network']}, {result['data']}, {result['head']} fitted on {result['fitted on']} images; "
+        f"the network alone: {result['accuracy of the network']:.4f}",
+        "",
+        "| exit | cost of leaving there | accuracy if all do |",
+        "| :-- | --: | --: |",
+    ]
+    rows = zip(result["exits"], result["cost of leaving"], result["accuracy at the exits"], strict=False)
+    lines += [f"| {name} | {cost:.4f} | {accuracy:.4f} |" for name, cost, accuracy in rows]
+    for name in ("thresholds from training images", "thresholds from held-out images"):
+        if name in result:
+            lines += ["", f"| FLOPs asked for, {name} | FLOPs | accuracy |", "| --: | --: | --: |"]
+            found = [point for point in result[name] if point]
+            lines += [f"| {p['budget']:.1f} | {p['flops']:.4f} | {p['accuracy']:.4f} |" for p in found]
+    lines += ["", ", ".join(f"{name}: {seconds:.1f} s" for name, seconds in result["seconds"].items())]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", type=Path, help="a Python file")
+    parser.add_argument("call", help="what to call in it, such as 'cifar10_resnet(56)'")
+    parser.add_argument("data", help="a .npz file or the name of a torchvision data set")
+    parser.add_argument("--mean", type=float, nargs="+", help="of the network's training images, in [0, 1]")
+    parser.add_argument("--std", type=float, nargs="+")
+    parser.add_argument("--exits", default="blocks")
+    parser.add_argument("--head", default="class_means")
+    parser.add_argument("--method", default="paper", choices=["paper", "coordinate"], help="of threshold search")
+    parser.add_argument("--fit", type=int, help="training images to fit on (default: all)")
+    parser.add_argument("--held-out", type=int, default=2000, help="test images for thresholds (default: 2000)")
+    parser.add_argument("--skip-train", action="store_true", help="no thresholds from training images")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    result = measure(options)
+    print(table(result))
+    if options.json:
+        about = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "build": e2cm.build_info(),
+        }
+        options.json.write_text(json.dumps(about | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""EarlyExit: a trained image classifier, wrapped so that every sample leaves it as soon as it is recognised."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import calibration, cascade, cost, files, passes
+from ._native import build_info
+from .calibration import Curve, OperatingPoint
+from .cost import Costs
+from .decisions import Decisions
+from .heads import Head, build, from_config
+from .passes import Loader
+from .record import Record, threshold_vector
+from .rules import Rule
+from .rules import rule as rule_named
+from .stages import Stages, cut
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["EarlyExit", "Evaluation"]
+
+_KIND = "EarlyExit"
+
+
+class EarlyExit(nn.Module):
+    """A trained classifier in which every sample leaves as soon as it looks like its class.
+
+        import torch
+        from torch import nn
+        import e2cm_ext as e2cm
+
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
+        ).eval()                                              # yours, trained
+        images = torch.randn(256, 1, 9, 9)
+        labels = (images.mean((1, 2, 3)) > 0).long()
+        loader = [(images[:128], labels[:128]), (images[128:], labels[128:])]   # or any DataLoader
+
+        ee = e2cm.EarlyExit(model, images[:1])                # cut into stages, an exit behind each block
+        ee.fit(loader)                                        # learns what the classes look like there: no gradients
+        point = ee.calibrate(loader, flops=0.9)               # sets ee.thresholds; better on samples not fitted on
+        print(point)
+        print(ee.evaluate(loader))                            # accuracy, mean FLOPs, who leaves where
+        log_probs = ee(images)                                # [B, K], wherever model(images) was used
+        decisions = ee.predict(images)                        # .prediction .confidence .exit .log_probs
+
+    model: any traceable torch.nn.Module in eval mode that maps a batch of tensors to logits [B, K]; or Stages, cut by
+    hand. It is not modified; but the stages hold its modules, so .to(), .half() and training of one of the two do it
+    to the other. example_input: a batch as the model takes it; one sample is enough, and only its shape and dtype
+    matter. num_classes: for a check; the model's logits tell. exits: "blocks", "all", a number, module names or FLOPs
+    fractions, see `e2cm_ext.stages.cut`. head: "class_means" (the paper's), "pooled_means", "auto" (the first wherever
+    all of them fit into `memory` bytes, else the second), a Head class, or a function (num_classes, feature_shape) ->
+    Head. rule: "confidence" or "entropy", or a Rule.
+
+    Exits fire when thresholds say so: `thresholds` is a buffer [M], +inf at the start, which never fires, and a head at
+    such an exit is not even computed. With all of them at +inf, ee(x) is log_softmax(model(x)), bit for bit and with
+    its gradient. A sample with a NaN in its features does not leave early.
+
+    Inference changes nothing: any number of threads may call one EarlyExit. state_dict(), deepcopy and pickle include
+    the model; `save` does not.
+    """
+
+    stages: Stages
+    heads: nn.ModuleList
+    rule: Rule
+    costs: Costs  # FLOPs per sample of stages and heads; .fractions: what leaving at each exit costs
+    num_classes: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        num_classes: int | None = None,
+        exits: str | int | Sequence[str] | Sequence[float] = "blocks",
+        head: str | type[Head] | Callable[[int, tuple[int, ...]], Head] = "class_means",
+        rule: str | Rule = "confidence",
+        memory: int = 256 << 20,
+    ) -> None:
+        super().__init__()
+        decide = rule_named(rule)
+        stages = cut(model, example_input, exits)
+        shapes, found = _shapes(stages, example_input[:1])
+        if num_classes not in (None, found):
+            raise ValueError(f"`num_classes` is {num_classes!r}; the model answers with {found} logits")
+        heads = build(head, found, shapes, memory)
+        costs = Costs(cost.stage_flops(stages, example_input), tuple(head.flops() for head in heads), stages.names)
+        self._assemble(stages, heads, decide, costs, tuple(example_input.shape[1:]), example_input.dtype)
+
+    def _assemble(
+        self,
+        stages: Stages,
+        heads: Sequence[Head],
+        rule: Rule,
+        costs: Costs,
+        image_shape: tuple[int, ...],
+        image_dtype: torch.dtype,
+    ) -> None:
+        device, _ = passes.place_of(stages)
+        self.stages = stages
+        self.heads = nn.ModuleList(heads).to(device)
+        self.rule, self.costs, self.num_classes = rule, costs, heads[0].num_classes
+        self.register_buffer("thresholds", torch.full((len(heads),), math.inf, dtype=torch.float32, device=device))
+        self._image_shape, self._image_dtype = image_shape, image_dtype
+        # Asked before every batch whether the model has been put into train mode behind our back.
+        self._leaves = tuple(m for m in stages.modules() if type(m) is not nn.Module and not any(m.children()))
+        self.eval()
+
+    # ---- learning ---------------------------------------------------------------------------------------------------
+
+    def fit(self, loader: Iterable[Any], progress: bool = True) -> Self:
+        """Learns from scratch what the classes look like at every exit, from (images, labels); returns self.
+
+        Forward passes only, as many as the heads need (class means: two), and nothing is held but their statistics and
+        one batch. All thresholds go back to +inf, since old ones mean nothing to new heads: calibrate, or set them.
+        After an error, or Ctrl-C, all is as it was before.
+        """
+        self._refuse_train_mode("fit")
+        fitted = passes.fit(self._heads(), self._walk, self._loader(loader, progress))
+        self.thresholds = math.inf
+        self.heads = nn.ModuleList(fitted).eval()
+        return self
+
+    def record(self, loader: Iterable[Any], progress: bool = True) -> Record:
+        """What every exit, and the network itself, would say about every sample: no threshold matters here."""
+        self._refuse_train_mode("record")
+        self._refuse_unfitted([-math.inf] * len(self.heads))
+        return passes.record(self._heads(), self.rule, self._walk, self._loader(loader, progress), lambda: self.costs)
+
+    def curve(self, loader: Record | Iterable[Any], progress: bool = True) -> Curve:
+        """Accuracy over FLOPs, by the paper's threshold search on a loader's samples, or on a record of them."""
+        record = loader if isinstance(loader, Record) else self.record(loader, progress)
+        self._refuse_foreign(record)
+        return calibration.curve(record, progress=progress)
+
+    def calibrate(
+        self,
+        loader: Curve | Record | Iterable[Any],
+        *,
+        flops: float | None = None,
+        accuracy_drop: float | None = None,
+        progress: bool = True,
+    ) -> OperatingPoint:
+        """Sets the thresholds, from a loader or from a record or curve of it; returns the operating point it has set.
+
+        flops=0.5: the most accurate thresholds whose mean FLOPs per sample are at most half the network's own.
+        accuracy_drop=0.01: the cheapest whose accuracy is at most 0.01 below the network's own. Both are said of the
+        samples of the loader: take samples that the heads were not fitted on. After Ctrl-C all is as it was before.
+        """
+        passes.check_target(flops, accuracy_drop)
+        found = loader if isinstance(loader, Curve) else self.curve(loader, progress)
+        self._refuse_foreign(found)
+        point = passes.operating_point(found, flops, accuracy_drop)
+        self.thresholds = point.thresholds
+        return point
+
+    def evaluate(self, loader: Iterable[Any], progress: bool = True) -> Evaluation:
+        """Runs the network with its exits: accuracy, mean FLOPs per sample, and how many samples left where."""
+        leavers = torch.zeros(len(self.stages), dtype=torch.int64)
+        correct = 0
+        for images, labels in self._loader(loader, progress).run("evaluate"):
+            decisions = self.predict(images)
+            correct += int((decisions.prediction == labels).sum())
+            leavers += decisions.exit.bincount(minlength=len(leavers)).cpu()
+        count = int(leavers.sum())
+        if not count:
+            raise ValueError("the loader gave no sample: all its batches are empty")
+        fractions = _with_heads_on(self.costs, self.thresholds.tolist()).fractions
+        return Evaluation(correct / count, float(leavers.double() @ fractions) / count, leavers, self.exit_names)
+
+    # ---- answering --------------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Log-probabilities [B, K], in the dtype of the logits: in place of the model's logits, for argmax, softmax,
+        top-k or cross-entropy. They carry a gradient if no exit is active."""
+        limits = self._limits(images)
+        if limits is None:
+            log_probs: Tensor = self.stages(images).log_softmax(1)
+            return log_probs
+        with torch.no_grad():
+            gone = cascade.through(self.stages, self._heads(), self.rule, limits, images, self.num_classes)
+            log_probs = gone.log_probs()
+        return log_probs
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Decisions:
+        """Prediction, confidence, exit and log-probabilities of every image, in input order.
+
+        The exit of who never leaves early is M, the number of exits: the network itself. Confidence is the largest
+        probability, whatever the rule.
+        """
+        limits = self._limits(images) or [math.inf] * len(self.heads)
+        return cascade.run(self.stages, self._heads(), self.rule, limits, images, self.num_classes)
+
+    def _limits(self, images: Tensor) -> list[float] | None:
+        """The thresholds, after a look at everything that could be wrong; None if no exit is active."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"`images` is a {type(images).__name__}; wanted a tensor {self._wanted()}")
+        if images.shape[1:] != self._image_shape:
+            hint = ": is it one image without a batch? .unsqueeze(0)" if images.shape == self._image_shape else ""
+            raise ValueError(
+                f"`images` has shape {list(images.shape)}; wanted {self._wanted()}, as `example_input` had{hint}"
+            )
+        if self.training or any(leaf.training for leaf in self._leaves):
+            self._refuse_train_mode("inference")
+        limits: list[float] = self.thresholds.tolist()
+        if min(limits) == math.inf:
+            return None
+        self._refuse_unfitted(limits)
+        return limits
+
+    def _wanted(self) -> str:
+        return f"[{', '.join(map(str, ('batch', *self._image_shape)))}]"
+
+    # ---- thresholds -------------------------------------------------------------------------------------------------
+
+    if TYPE_CHECKING:  # a buffer, in fact
+
+        @property
+        def thresholds(self) -> Tensor:
+            """[M] float32; they can be set to a list, a tensor, or one number for all."""
+
+        @thresholds.setter
+        def thresholds(self, value: Tensor | Sequence[float] | float) -> None: ...
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "thresholds" and name in self._buffers:
+            value = self._checked_thresholds(value)
+        super().__setattr__(name, value)
+
+    def _checked_thresholds(self, value: Any) -> Tensor:
+        exits = len(self.heads)
+        try:
+            vector = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"`thresholds` is {value!r}; wanted {exits} numbers, or one for all exits") from error
+        vector = threshold_vector(vector.expand(exits) if vector.dim() == 0 else vector, exits)
+        self._refuse_unfitted(vector.tolist())
+        return vector.clone().to(self.thresholds.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.thresholds
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.thresholds.dtype is not torch.float32:  # .half() is for features; a rounded threshold decides otherwise
+            self._buffers["thresholds"] = before.to(self.thresholds.device)
+        return self
+
+    # ---- what can be wrong ------------------------------------------------------------------------------------------
+
+    def _refuse_train_mode(self, what: str) -> None:
+        passes.refuse_train_mode(self, what)
+
+    def _refuse_unfitted(self, thresholds: Sequence[float]) -> None:
+        for j, (head, threshold) in enumerate(zip(self.heads, thresholds, strict=True)):
+            if not head.fitted and threshold < math.inf:
+                raise RuntimeError(f"exit {self.exit_names[j]!r} knows no classes yet: call fit(loader) first")
+
+    def _refuse_foreign(self, found: Record | Curve) -> None:
+        if (found.names, found.rule) != (self.exit_names, self.rule.name):
+            raise ValueError(
+                f"the {type(found).__name__.lower()} is of another network, with the rule {found.rule!r} and exits "
+                f"{', '.join(found.names)}; wanted {self.rule.name!r} and {', '.join(self.exit_names)}"
+            )
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Heads, thresholds and all settings, without the model's weights, as a safetensors file.
+
+        What was at `path` stays as it is until the new file is complete.
+        """
+        tensors = {"thresholds": self.thresholds}
+        for j, head in enumerate(self.heads):
+            for name, value in head.state_dict().items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name!r} of {type(head).__name__} is a {type(value).__name__}; wanted a tensor")
+                tensors[f"heads.{j}.{name}"] = value
+        _, dtype = passes.place_of(self.stages)
+        info = {
+            "package": build_info()["version"],
+            "exits": self.exit_names,
+            "heads": [head.config() for head in self._heads()],
+            "rule": self.rule.name,
+            "costs": {"stages": self.costs.stages, "heads": self.costs.heads},
+            "image_shape": self._image_shape,
+            "image_dtype": str(dtype if self._image_dtype.is_floating_point else self._image_dtype),
+            "network": fingerprint(self.stages),
+        }
+        files.write(path, _KIND, tensors, info)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, rule: Rule | None = None) -> Self:
+        """What `save` wrote, around the model that it was made for (or Stages of it), on that model's device.
+
+        A ValueError says what does not fit: the file (not ours, of another version, truncated, damaged) or the model.
+        rule: needed if it was one of your own. Heads of your own: the module that defines them must be imported.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` is a {type(model).__name__}; wanted the torch.nn.Module that {path} was made for")
+        passes.refuse_train_mode(model, "load")
+        tensors, info = files.read(path, _KIND)
+        decide = _saved_rule(path, info["rule"], rule)
+        device, own = passes.place_of(model)
+        saved = getattr(torch, info["image_dtype"].removeprefix("torch."))
+        dtype = own if saved.is_floating_point else saved
+        stages = _cut_again(
+            path, model, torch.zeros(1, *info["image_shape"], dtype=dtype, device=device), info["exits"]
+        )
+        if fingerprint(stages) != info["network"]:
+            raise ValueError(
+                f"{path} belongs to another network: the modules of this `model` have the same names, but not the "
+                "same weights (or dtypes)"
+            )
+        heads = [from_config(config) for config in info["heads"]]
+        for j, head in enumerate(heads):
+            prefix = f"heads.{j}."
+            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            head.load_state_dict(state)
+        costs = Costs(tuple(info["costs"]["stages"]), tuple(info["costs"]["heads"]), tuple(info["exits"]))
+        loaded = cls.__new__(cls)
+        nn.Module.__init__(loaded)
+        loaded._assemble(stages, heads, decide, costs, tuple(info["image_shape"]), dtype)
+        loaded.thresholds = tensors["thresholds"]
+        return loaded
+
+    # ---- small parts ------------------------------------------------------------------------------------------------
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """Of the M exits: the modules of the model that they stand behind."""
+        return self.stages.names
+
+    def _heads(self) -> list[Head]:
+        return list(self.heads)  # type: ignore[arg-type]
+
+    def _loader(self, batches: Iterable[Any], progress: bool) -> Loader:
+        return Loader(batches, self.stages, self.num_classes, self._image_shape, progress)
+
+    def _walk(self, images: Tensor, visit: passes.Visit, *, logits: bool) -> Tensor:
+        x = images
+        *early, last = self.stages
+        for j, stage in enumerate(early):
+            x = stage(x)
+            visit(j, x)
+        return last(x) if logits else x
+
+    def __repr__(self) -> str:
+        fitted = [head.fitted for head in self._heads()]
+        state = "fitted" if all(fitted) else "not fitted yet" if not any(fitted) else "fitted in part"
+        lines = [
+            f"EarlyExit({len(self.heads)} exits, {self.num_classes} classes, rule {self.rule.name!r}, {state})",
+            f"  images {self._wanted()}; an exit fires above its threshold; FLOPs: of a sample that leaves there",
+        ]
+        rows = zip(
+            self.exit_names, self._heads(), self.thresholds.tolist(), self.costs.fractions.tolist(), strict=False
+        )
+        width = max(map(len, self.exit_names))
+        for name, head, threshold, fraction in rows:
+            features = "x".join(map(str, head.feature_shape))
+            lines.append(
+                f"  {name:{width}}  {head.kind} of {features:12} threshold {threshold:<9.6g} FLOPs {fraction:.4f}"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a network with early exits did on a data set."""
+
+    accuracy: float
+    flops: float  # mean per sample, heads that were on included, over the base network's
+    exits: Tensor  # [M+1] int64: how many samples left at each exit; last: the network itself
+    names: tuple[str, ...]  # of the M exits
+
+    def __str__(self) -> str:
+        count, most = int(self.exits.sum()), int(self.exits.max())
+        lines = [f"accuracy {self.accuracy:.4f} at FLOPs {self.flops:.4f} on {count} samples, which left at"]
+        width = max(len(name) for name in (*self.names, "(end)"))
+        for name, leavers in zip((*self.names, "(end)"), self.exits.tolist(), strict=True):
+            bar = "#" * math.ceil(30 * leavers / max(1, most))
+            lines.append(f"  {name:{width}} {leavers:8d} {leavers / max(1, count):7.2%} {bar}".rstrip())
+        return "\n".join(lines)
+
+
+def fingerprint(stages: Stages) -> str:
+    """SHA-256 over names, dtypes, shapes and values of all the weights of a network, whatever their memory order."""
+    found = [(name, j, value) for j, stage in enumerate(stages) for name, value in stage.state_dict().items()]
+    digest = hashlib.sha256()
+    for name, _, value in sorted(found, key=lambda item: item[:2]):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
+            digest.update(files.bytes_of(value))
+    return digest.hexdigest()
+
+
+def _with_heads_on(costs: Costs, thresholds: Sequence[float]) -> Costs:
+    """Heads at exits that are off are not computed."""
+    heads = (head if limit < math.inf else 0 for head, limit in zip(costs.heads, thresholds, strict=True))
+    return replace(costs, heads=tuple(heads))
+
+
+@torch.no_grad()
+def _shapes(stages: Stages, x: Tensor) -> tuple[list[tuple[int, ...]], int]:
+    """Of the features at every exit, and the number of logits."""
+    shapes = []
+    for stage in stages:
+        x = stage(x)
+        shapes.append(tuple(x.shape[1:]))
+    if x.dim() != 2:
+        raise ValueError(f"the model answers with shape {list(x.shape)}; wanted logits [batch, classes]")
+    return shapes[:-1], x.shape[1]
+
+
+def _saved_rule(path: str | os.PathLike[str], name: str, given: Rule | None) -> Rule:
+    if given is not None:
+        if given.name != name:
+            raise ValueError(f"`rule` is {given.name!r}; {path} was saved with the rule {name!r}")
+        return given
+    try:
+        return rule_named(name)
+    except ValueError:
+        raise ValueError(f"{path} was saved with the rule {name!r}, which is not one of ours: give rule=...") from None
+
+
+def _cut_again(path: str | os.PathLike[str], model: nn.Module, example: Tensor, exits: Sequence[str]) -> Stages:
+    try:
+        return cut(model, example, list(exits))
+    except Exception as error:  # whatever a network says to images that are not for it
+        why, _, _ = str(error).partition("\n")
+        raise ValueError(f"{path} belongs to another network: this `model` cannot be cut as that was: {why}") from error

@@ -1,0 +1,339 @@
+"""FastExit: an early exit as a layer, for those who write the forward() of their network themselves.
+
+    from e2cm_ext import FastExit, fast_exit
+
+`fast_exit.fit`, `record`, `calibrate` and `set_thresholds` do for all FastExit layers of a network what the methods of
+EarlyExit do for the exits that it has found by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import calibration, cost, passes
+from .calibration import Curve, OperatingPoint
+from .cascade import Cascade
+from .cost import Costs
+from .decisions import Decisions
+from .heads import Head, build
+from .passes import Loader
+from .record import Record, threshold_vector
+from .rules import Rule
+from .rules import rule as rule_named
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["FastExit", "State", "calibrate", "fit", "record", "set_thresholds"]
+
+
+class FastExit(nn.Module):
+    """A layer at which samples leave the network, to be called in a forward() of your own.
+
+        import torch
+        from torch import nn
+        from e2cm_ext import FastExit, fast_exit
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU())
+                self.exit1 = FastExit((8, 7, 7), num_classes=2)
+                self.body = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten())
+                self.exit2 = FastExit(144, num_classes=2)
+                self.classifier = nn.Linear(144, 2)
+
+            def forward(self, x):
+                x, state = self.exit1(self.stem(x))          # x: the survivors
+                x, state = self.exit2(self.body(x), state)
+                return state.result(self.classifier(x))      # Decisions, in the order of the input
+
+        torch.manual_seed(0)
+        images = torch.randn(256, 1, 9, 9)
+        labels = (images.mean((1, 2, 3)) > 0).long()
+        loader = [(images[:128], labels[:128]), (images[128:], labels[128:])]
+
+        net = Net()
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        for _ in range(20):                                  # in train mode exits let everybody pass
+            loss = nn.functional.nll_loss(net(images).log_probs, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        net.eval()
+        fast_exit.fit(net, loader)                           # class means at every exit
+        record = fast_exit.record(net, loader)               # what every exit would say; better on other samples
+        print(fast_exit.calibrate(net, record, flops=0.9))   # sets the thresholds
+        decisions = net(images)                              # .prediction .confidence .exit .log_probs
+
+    num_features_or_shape: of one sample's features as they come in, 144 or (8, 7, 7). head: see EarlyExit; a name
+    ("class_means", "pooled_means"), a Head class, or a function (num_classes, feature_shape) -> Head. rule:
+    "confidence" or "entropy", or a Rule. threshold: +inf, at the start, never fires, and nothing is computed then.
+
+    Call all exits of a network in the order in which they are set up, each once, and hand the state of one to the next;
+    the first gets none. Whatever else runs behind an exit must go by x alone, as the batch has shrunk, perhaps to
+    nothing; `if state.done: return state.result()` saves the rest of the way. state_dict() holds all that was learned.
+    """
+
+    def __init__(
+        self,
+        num_features_or_shape: int | Sequence[int],
+        num_classes: int,
+        head: str | type[Head] | Callable[[int, tuple[int, ...]], Head] = "class_means",
+        rule: str | Rule = "confidence",
+        threshold: float = math.inf,
+    ) -> None:
+        super().__init__()
+        given = num_features_or_shape
+        shape = (given,) if isinstance(given, int) else tuple(given)
+        self.head = build(head, num_classes, [shape])[0]
+        self.rule = rule_named(rule)
+        self.register_buffer("threshold", torch.tensor(math.inf, dtype=torch.float32))
+        self._set(threshold)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """The samples that stay, and what is known about the whole batch."""
+        head = self.head
+        if x.shape[1:] != head.feature_shape:
+            wanted = ", ".join(map(str, ("batch", *head.feature_shape)))
+            raise ValueError(f"`x` has shape {list(x.shape)}; this exit was set up for features [{wanted}]")
+        if state is None:
+            state = State(head.num_classes)
+        watcher = _watcher.get()
+        if watcher is not None:
+            watcher.see(self, x)
+        threshold = math.inf if self.training or watcher is not None else self.threshold.item()
+        if threshold < math.inf and not head.fitted:
+            raise RuntimeError(_UNFITTED.format(where="this exit"))
+        return state.exit(x, head, self.rule, threshold), state
+
+    if TYPE_CHECKING:  # a buffer, in fact
+
+        @property
+        def threshold(self) -> Tensor:
+            """[] float32; it can be set to a number."""
+
+        @threshold.setter
+        def threshold(self, value: Tensor | float) -> None: ...
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "threshold" and name in self._buffers:
+            self._set(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set(self, value: Any) -> None:
+        vector = threshold_vector([value], 1)
+        self._buffers["threshold"] = vector[0].to(self.threshold.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.threshold
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.threshold.dtype is not torch.float32:  # .half() is for features
+            self._buffers["threshold"] = before.to(self.threshold.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"rule={self.rule.name!r}, threshold={self.threshold.item():.6g}, fitted={self.head.fitted}"
+
+
+class State(Cascade):
+    """One batch on its way through a network with FastExit layers."""
+
+    __slots__ = ()
+
+    def result(self, logits: Tensor | None = None) -> Decisions:
+        """The answers to the whole batch, in the order of the input.
+
+        logits [survivors, classes]: the network's own answer to those who are left. Not needed if nobody is, or if an
+        earlier call has given them. Where nobody has left, as in train mode, log_probs carry a gradient.
+        """
+        if logits is not None and not self.done:
+            self._refuse_misfits(logits)
+            watcher = _watcher.get()
+            if watcher is not None:
+                watcher.logits = logits
+            self.finish(logits)
+        return super().result()
+
+    def _refuse_misfits(self, logits: Tensor) -> None:
+        rows = self._left if self._left is not None else logits.shape[0]
+        if logits.dim() != 2 or logits.shape[0] != rows or logits.shape[1] != self._num_classes:
+            count = "survivors" if self._left is None else rows
+            raise ValueError(f"`logits` has shape {list(logits.shape)}; wanted [{count}, {self._num_classes}]")
+
+
+# ---- for all exits of a network -------------------------------------------------------------------------------------
+
+
+def fit(model: nn.Module, loader: Iterable[Any], progress: bool = True) -> None:
+    """Learns from scratch what the classes look like at every FastExit of `model`, from (images, labels).
+
+    Forward passes only, in which nobody leaves: as many as the heads need (class means: two). Where an exit had been
+    fitted before, its threshold goes back to +inf. After an error, or Ctrl-C, all is as it was before.
+    """
+    network = _Network(model, "fit")
+    fitted = passes.fit(network.heads, network.walk, network.loader(loader, progress))
+    for exit, head in zip(network.exits.values(), fitted, strict=True):
+        if exit.head is not head:  # the copy of a fitted one
+            exit.threshold = math.inf
+            exit.head = head.eval()
+
+
+def record(model: nn.Module, loader: Iterable[Any], progress: bool = True) -> Record:
+    """What every FastExit of `model`, and the network itself, would say about every sample, nobody leaving.
+
+    FLOPs are counted on the way, for the loader's first image. The names of the exits are those of the layers.
+    """
+    network = _Network(model, "record")
+    network.refuse_unfitted()
+    rules = {exit.rule.name: exit.rule for exit in network.exits.values()}
+    if len(rules) > 1:
+        raise ValueError(f"the exits have different rules, {' and '.join(map(repr, rules))}: a record has one")
+    (rule,) = rules.values()
+    return passes.record(
+        network.heads, rule, network.walk_and_count, network.loader(loader, progress), lambda: network.costs
+    )
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Curve | Record | Iterable[Any],
+    *,
+    flops: float | None = None,
+    accuracy_drop: float | None = None,
+    progress: bool = True,
+) -> OperatingPoint:
+    """Sets the thresholds of all exits, from a loader or from a record or curve of it: see EarlyExit.calibrate."""
+    passes.check_target(flops, accuracy_drop)
+    found = loader if isinstance(loader, Curve | Record) else record(model, loader, progress)
+    names = tuple(_Network(model, "calibrate").exits)
+    if found.names != names:
+        raise ValueError(
+            f"the {type(found).__name__.lower()} is of another network, with exits {', '.join(found.names)}; "
+            f"wanted {', '.join(names)}"
+        )
+    curve = calibration.curve(found, progress=progress) if isinstance(found, Record) else found
+    point = passes.operating_point(curve, flops, accuracy_drop)
+    set_thresholds(model, point)
+    return point
+
+
+def set_thresholds(model: nn.Module, thresholds: OperatingPoint | Tensor | Sequence[float] | float) -> None:
+    """Sets the thresholds of all exits, in their order: those of an operating point, a list, or one number for all."""
+    exits = _exits(model)
+    given = thresholds.thresholds if isinstance(thresholds, OperatingPoint) else thresholds
+    vector = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
+    vector = threshold_vector(vector.expand(len(exits)) if vector.dim() == 0 else vector, len(exits))
+    for (name, exit), limit in zip(exits.items(), vector.tolist(), strict=True):
+        if limit < math.inf and not exit.head.fitted:
+            raise RuntimeError(_UNFITTED.format(where=f"exit {name!r}"))
+    for exit, limit in zip(exits.values(), vector.tolist(), strict=True):
+        exit.threshold = limit
+
+
+_UNFITTED = "{where} knows no classes yet: call e2cm_ext.fast_exit.fit(model, loader) first"
+
+
+def _exits(model: nn.Module) -> dict[str, FastExit]:
+    exits = {name: module for name, module in model.named_modules() if isinstance(module, FastExit)}
+    if not exits:
+        raise ValueError(f"`model` is a {type(model).__name__} without a FastExit in it")
+    return exits
+
+
+class _Network:
+    """A network with FastExit layers, for passes.fit and passes.record."""
+
+    def __init__(self, model: nn.Module, what: str) -> None:
+        self.model, self.exits = model, _exits(model)
+        passes.refuse_train_mode(model, what)
+        self.heads = [exit.head for exit in self.exits.values()]
+        self._costs: Costs | None = None
+
+    def loader(self, batches: Iterable[Any], progress: bool) -> Loader:
+        return Loader(batches, self.model, self.heads[0].num_classes, progress=progress)
+
+    def refuse_unfitted(self) -> None:
+        for name, exit in self.exits.items():
+            if not exit.head.fitted:
+                raise RuntimeError(_UNFITTED.format(where=f"exit {name!r}"))
+
+    def walk(self, images: Tensor, visit: passes.Visit, /, *, logits: bool) -> Tensor:
+        with _watching(_Watcher(self.exits, visit)) as watcher:
+            self.model(images)
+        watcher.refuse_missing(logits)
+        return images if watcher.logits is None else watcher.logits
+
+    def walk_and_count(self, images: Tensor, visit: passes.Visit, /, *, logits: bool) -> Tensor:
+        if self._costs is None:
+            self._costs = self._count(images)
+        return self.walk(images, visit, logits=logits)
+
+    @property
+    def costs(self) -> Costs:
+        assert self._costs is not None
+        return self._costs
+
+    def _count(self, images: Tensor) -> Costs:
+        def run(model: nn.Module, sample: Tensor) -> list[int]:
+            totals = [0]
+            with cost.counting() as spent:
+                _Network(model, "record").walk(sample, lambda j, x: totals.append(spent()), logits=False)
+                return [*totals, spent()]
+
+        totals = cost.without_computing(run, self.model, cost.one_sample(images))
+        stages = tuple(after - before for before, after in pairwise(totals))
+        return Costs(stages, tuple(head.flops() for head in self.heads), tuple(self.exits))
+
+
+class _Watcher:
+    """Sees the features at every exit while one batch runs through a network, and its logits."""
+
+    def __init__(self, exits: dict[str, FastExit], visit: passes.Visit) -> None:
+        self._names = list(exits)
+        self._expected = list(exits.values())
+        self._visit = visit
+        self._seen = 0
+        self.logits: Tensor | None = None
+
+    def see(self, exit: FastExit, x: Tensor) -> None:
+        j = self._seen
+        if j == len(self._expected) or exit is not self._expected[j]:
+            found = next(
+                (name for name, one in zip(self._names, self._expected, strict=True) if one is exit), "another"
+            )
+            raise RuntimeError(
+                f"exit {found!r} was called as number {j}; wanted every exit once, in the order in which they are set "
+                f"up: {', '.join(self._names)}"
+            )
+        self._seen = j + 1
+        self._visit(j, x)
+
+    def refuse_missing(self, logits: bool) -> None:
+        if self._seen < len(self._expected):
+            raise RuntimeError(f"exit {self._names[self._seen]!r} was not called by the network's forward()")
+        if logits and self.logits is None:
+            raise RuntimeError("the network's forward() has not called state.result(logits)")
+
+
+# Not in the modules: other threads may be using them.
+_watcher: ContextVar[_Watcher | None] = ContextVar("e2cm_ext_watcher", default=None)
+
+
+@contextmanager
+def _watching(watcher: _Watcher) -> Iterator[_Watcher]:
+    token = _watcher.set(watcher)
+    try:
+        yield watcher
+    finally:
+        _watcher.reset(token)
