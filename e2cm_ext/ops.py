@@ -5,9 +5,9 @@ torch.compile, torch.export and fake tensors a call becomes an operator of the l
 float32, bfloat16 or float16, [B, ...] in NCHW or channels_last order; they are not copied. All arithmetic is float32 or
 wider, and a sample's answer is the same bits whatever the number of threads and whatever batch it sits in.
 
-A sample with a NaN or an infinity among its features gets NaN for a confidence and never leaves; if the center holds
-one, no sample does. A class whose scale is not a positive finite number has no mean: it is never predicted. Ties go
-to the lowest class. Results carry no gradient.
+A sample with a NaN or an infinity among its features gets NaN for a confidence and never leaves. A class whose scale
+is not a positive finite number has no mean: it is never predicted. Ties go to the lowest class. Results carry no
+gradient.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def class_distances(x: Tensor, means: Tensor, center: Tensor | None = None) -> T
     """Euclidean distances [B, K] float32 of every sample to every class mean.
 
     `center` is any vector near the data, best the average of the means. It changes no result but what rounding does to
-    it: with features that share a large offset the fast way of computing a distance cancels, which is noticed and
-    mended the slow way; a center avoids it.
+    it: with many classes and features that share a large offset the fast way of computing a distance cancels, which is
+    noticed and mended the slow way; a center avoids it. Up to 24 classes nothing can cancel, and it is not looked at.
     """
     if _traced(x, means, center):
         distances: Tensor = _class_distances_op(x, means, center)

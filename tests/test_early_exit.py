@@ -809,6 +809,16 @@ def test_calibrate_from_loader_record_and_curve_is_the_same(calibrated):
     assert all(torch.equal(point.thresholds, points[0].thresholds) for point in points)
 
 
+def test_curve_by_the_other_search(calibrated):
+    ee, record, _, _ = calibrated
+    paper, ours = ee.curve(record, progress=False), ee.curve(record, progress=False, method="coordinate")
+    assert float(ours.accuracy.max()) >= float(paper.accuracy.max())
+    assert all(ours.at(flops).accuracy >= paper.at(flops).accuracy for flops in (0.5, 0.6, 0.7, 0.8, 0.9))
+    assert any(ours.at(flops).accuracy > paper.at(flops).accuracy for flops in (0.5, 0.6, 0.7, 0.8, 0.9))
+    with pytest.raises(ValueError, match=r"`method` is 'newton'"):
+        ee.curve(record, progress=False, method="newton")
+
+
 @pytest.mark.parametrize(("options", "what"), [({}, "neither"), ({"flops": 0.5, "accuracy_drop": 0.01}, "both")])
 def test_calibrate_wants_one_target(calibrated, options, what):
     ee, _, _, _ = calibrated

@@ -993,3 +993,17 @@ def test_a_means_order_does_not_matter(problem, seed):
     assert torch.equal(
         order[ops.class_scores(x, means[order], scale[order]).prediction], ops.class_scores(x, means, scale).prediction
     )
+
+
+@pytest.mark.parametrize("classes", [7, 40])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_center_that_is_no_number_changes_nothing(classes, bad):
+    x, means, _ = clusters(20, 700, classes)
+    center = means.mean(0)
+    center[5] = bad
+    torch.testing.assert_close(
+        ops.class_distances(x, means, center).double(),
+        reference.class_distances(x.double(), means.double()),
+        rtol=DISTANCE_ERROR,
+        atol=0,
+    )
