@@ -87,10 +87,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| head | | FLOPs | time / base time | beyond FLOPs |", "| :-- | :-- | --: | --: | --: |"]
     for row in rows:
         t = row["time"]
-        lines.append(
-            f"| {row['head']} | {row['what']} | {row['flops']:.3f} | {t['median']:.3f} [{t['p10']:.3f}, {t['p90']:.3f}] "
-            f"| {t['median'] - row['flops']:+.3f} |"
-        )
+        spread = f"{t['median']:.3f} [{t['p10']:.3f}, {t['p90']:.3f}]"
+        beyond = t["median"] - row["flops"]
+        lines.append(f"| {row['head']} | {row['what']} | {row['flops']:.3f} | {spread} | {beyond:+.3f} |")
     return "\n".join(lines)
 
 

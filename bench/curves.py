@@ -44,7 +44,7 @@ def timed(seconds: dict[str, float], name: str, work: Callable[[], T]) -> T:
 
 
 def at_budgets(curve: e2cm.Curve, record: e2cm.Record) -> list[dict[str, float] | None]:
-    """What the thresholds found for each budget do on another record: by time sharing, as the paper draws its curves."""
+    """What the thresholds found for each budget do on another record; by time sharing, as the paper draws curves."""
 
     def measured(budget: float) -> dict[str, float] | None:
         if budget < curve.flops[0]:

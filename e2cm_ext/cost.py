@@ -18,17 +18,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, TypeVar
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-if TYPE_CHECKING:
-    from .stages import Stages
-
-__all__ = ["Costs", "flops", "stage_flops"]
+__all__ = ["Costs", "flops"]
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -43,20 +40,6 @@ def flops(module: nn.Module, x: Tensor) -> int:
             return spent()
 
     return without_computing(run, module, one_sample(x))
-
-
-def stage_flops(stages: Stages, example_input: Tensor) -> tuple[int, ...]:
-    """FLOPs of every stage for one sample of the shape of those in `example_input`."""
-
-    def run(stages: Stages, sample: Tensor) -> tuple[int, ...]:
-        totals = [0]
-        with counting() as spent:
-            for stage in stages:
-                sample = stage(sample)
-                totals.append(spent())
-        return tuple(after - before for before, after in pairwise(totals))
-
-    return without_computing(run, stages, one_sample(example_input))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import calibration, cascade, cost, files, passes
+from . import calibration, cascade, files, passes
 from ._native import build_info
 from .calibration import Curve, OperatingPoint
 from .cost import Costs
@@ -22,7 +22,7 @@ from .passes import Loader
 from .record import Record, threshold_vector
 from .rules import Rule
 from .rules import rule as rule_named
-from .stages import Stages, cut
+from .stages import Stages, cut, stage_flops
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -94,7 +94,7 @@ class EarlyExit(nn.Module):
         if num_classes not in (None, found):
             raise ValueError(f"`num_classes` is {num_classes!r}; the model answers with {found} logits")
         heads = build(head, found, shapes, memory)
-        costs = Costs(cost.stage_flops(stages, example_input), tuple(head.flops() for head in heads), stages.names)
+        costs = Costs(stage_flops(stages, example_input), tuple(head.flops() for head in heads), stages.names)
         self._assemble(stages, heads, decide, costs, tuple(example_input.shape[1:]), example_input.dtype)
 
     def _assemble(
@@ -146,7 +146,7 @@ class EarlyExit(nn.Module):
     ) -> Curve:
         """Accuracy over FLOPs, by the threshold search of `calibration` on a loader's samples, or on a record of them.
 
-        method: "paper", or "coordinate", which is ours: more accurate for the same FLOPs, from some thousand samples on.
+        method: "paper", or "coordinate", which is ours: more accurate for the same FLOPs; give it some thousand samples.
         """
         record = loader if isinstance(loader, Record) else self.record(loader, progress)
         self._refuse_foreign(record)

@@ -27,7 +27,7 @@ from . import cost
 from .places import Place, Places, choose, places_of
 from .tracing import PREFIX, WAY_OUT, CutError, Network, Root, trace
 
-__all__ = ["CutError", "Stages", "cut"]
+__all__ = ["CutError", "Stages", "cut", "stage_flops"]
 
 Exits = str | int | Sequence[str] | Sequence[float]
 
@@ -87,6 +87,20 @@ class Stages(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self)} stages, exits behind: {', '.join(self.names)}"
+
+
+def stage_flops(stages: Stages, example_input: Tensor) -> tuple[int, ...]:
+    """FLOPs of every stage for one sample of the shape of those in `example_input`."""
+
+    def run(stages: Stages, sample: Tensor) -> tuple[int, ...]:
+        totals = [0]
+        with cost.counting() as spent:
+            for stage in stages:
+                sample = stage(sample)
+                totals.append(spent())
+        return tuple(after - before for before, after in pairwise(totals))
+
+    return cost.without_computing(run, stages, cost.one_sample(example_input))
 
 
 def cut(model: nn.Module | Stages, example_input: Tensor, exits: Exits = "blocks") -> Stages:
@@ -323,7 +337,7 @@ def _subset(stages: Stages, example_input: Tensor, exits: Exits) -> Stages:
         return stages
     numbers = _numbers_of(stages, exits)
     if numbers is None:
-        spent = list(itertools.accumulate(cost.stage_flops(stages, example_input)))
+        spent = list(itertools.accumulate(stage_flops(stages, example_input)))
         there_are = f"there is no such exit; there are {', '.join(stages.names)}"
         possible = [Place(j, j, j, spent[j], (), (name,)) for j, name in enumerate(stages.names)]
         places = Places(possible, possible, possible, spent[-1], lambda _: there_are)

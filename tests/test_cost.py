@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from e2cm_ext.cost import Costs, flops, stage_flops
-from e2cm_ext.stages import Stages, cut
+from e2cm_ext.cost import Costs, flops
+from e2cm_ext.stages import Stages, cut, stage_flops
 
 # ---- counting -----------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from e2cm_ext import cost
-from e2cm_ext.stages import CutError, Stages, cut
+from e2cm_ext.stages import CutError, Stages, cut, stage_flops
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 LARGE = ("torchvision/resnet152", "torchvision/wide_resnet101_2")
@@ -142,7 +142,7 @@ def test_zoo_all_contains_the_blocks(case):
         pytest.skip("slow, and nothing in it that is not in resnet50")
     stages = cut(case.model, vision.images(2), "all")
     assert set(case.stages.names) <= set(stages.names)
-    assert min(cost.stage_flops(stages, vision.images(1))) > 0
+    assert min(stage_flops(stages, vision.images(1))) > 0
     assert same(stages(vision.images(3)), case.model(vision.images(3)))
 
 
@@ -447,7 +447,7 @@ X = vision.images(2, 32)
 
 
 def fractions(stages):
-    spent = torch.tensor(cost.stage_flops(stages, X)).double()
+    spent = torch.tensor(stage_flops(stages, X)).double()
     return (spent.cumsum(0) / spent.sum()).tolist()[:-1]
 
 
@@ -675,7 +675,7 @@ def test_untraceable_blocks_stay_whole():
     stages = cut(model, X)
     assert stages.names == ("0", "1", "2", "3")
     assert_same(model, stages, batches=(1, 3))
-    assert sum(cost.stage_flops(stages, X)) == cost.flops(model, X)  # nothing runs twice
+    assert sum(stage_flops(stages, X)) == cost.flops(model, X)  # nothing runs twice
     with pytest.raises(ValueError, match=r"'1' around it is called as a whole, since .*if y.mean\(\) > 0"):
         cut(model, X, ["1.conv2"])
 
