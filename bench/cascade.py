@@ -71,7 +71,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         ee.thresholds = 1e30  # on, and never above it
         seconds = in_turns({"base": run(model), "ours": run(ee)}, options.rounds)
         rows.append({"head": kind, "flops": 1.0, "what": "all exits on, none fires"})
-        rows[-1] |= {"time": ratio(seconds["ours"], seconds["base"]), "base ms": float(np.median(seconds["base"])) * 1e3}
+        rows[-1] |= {
+            "time": ratio(seconds["ours"], seconds["base"]),
+            "base ms": float(np.median(seconds["base"])) * 1e3,
+        }
         curve = ee.curve(found_on, progress=False)
         for budget in BUDGETS:
             point = curve.best_within(budget)
