@@ -146,7 +146,7 @@ class EarlyExit(nn.Module):
     ) -> Curve:
         """Accuracy over FLOPs, by the threshold search of `calibration` on a loader's samples, or on a record of them.
 
-        method: "paper", or "coordinate", which is ours: more accurate for the same FLOPs. It wants some thousand samples.
+        method: "paper", or "coordinate", which is ours: more accurate for the same FLOPs, but it wants many samples.
         """
         record = loader if isinstance(loader, Record) else self.record(loader, progress)
         self._refuse_foreign(record)
