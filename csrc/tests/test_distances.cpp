@@ -8,7 +8,7 @@ using namespace e2cm::test;
 
 namespace {
 
-constexpr double kAllowed = 1e-5;  // the relative error that issue and documentation promise
+constexpr double kAllowed = 1e-5;  // the relative error that the documentation promises
 double worst = 0;                  // that this test has seen
 
 struct Report {  // at the end of a test: how near it came to the limit
