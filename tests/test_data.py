@@ -640,7 +640,7 @@ for source in ("MNIST", {str(tmp_path / "folder")!r}):
     except ImportError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert len(re.findall(r"needs torchvision: pip install 'e2cm_ext\[vision\]'", done.stdout)) == 2
 
 
