@@ -49,10 +49,10 @@ from e2cm_ext import (
     Record,
     Rule,
     Stages,
+    calibration,
     cut,
     files,
 )
-from e2cm_ext import calibration
 from e2cm_ext import early_exit as module
 
 EXITS = 4  # of the small network
