@@ -1,5 +1,4 @@
-// AVX2 with FMA and F16C: 8 floats a register, 16 registers, so a tile of 4 rows x 2 means keeps 8 sums, 4 rows, 1
-// mean.
+// AVX2 with FMA and F16C: 8 floats a register, 16 registers, so a tile of 6 rows x 2 vectors keeps 12 sums.
 #include <immintrin.h>
 
 #include "half.h"

@@ -1,4 +1,4 @@
-// NEON (64-bit Arm): 4 floats a register, 32 registers, so a tile of 4 rows x 6 means keeps 24 sums.
+// NEON (64-bit Arm): 4 floats a register, 32 registers, so a tile of 12 rows x 2 vectors keeps 24 sums.
 #include <arm_neon.h>
 
 #include "half.h"
