@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import platform
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from curves import network
+from curves import network, write
 
 import e2cm_ext as e2cm
 
@@ -114,15 +111,7 @@ def main() -> None:
     rows = measure(options)
     print(table(rows))
     if options.json:
-        about = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": platform.processor() or platform.machine(),
-            "threads": options.threads,
-            "batch": options.batch,
-            "torch": torch.__version__,
-            "network": options.call,
-        }
-        options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        write(options.json, {"network": options.call, "batch": options.batch, "rows": rows})
 
 
 if __name__ == "__main__":

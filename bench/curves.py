@@ -61,6 +61,18 @@ def at_budgets(curve: e2cm.Curve, record: e2cm.Record) -> list[dict[str, float] 
     return [measured(budget) for budget in BUDGETS]
 
 
+def write(path: Path, result: dict[str, Any]) -> None:
+    """The figures, and where they come from."""
+    about = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "build": e2cm.build_info(),
+    }
+    path.write_text(json.dumps(about | result, indent=1) + "\n")
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     normalise = (options.mean, options.std) if options.mean else None
 
@@ -137,14 +149,7 @@ def main() -> None:
     result = measure(options)
     print(table(result))
     if options.json:
-        about = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "build": e2cm.build_info(),
-        }
-        options.json.write_text(json.dumps(about | result, indent=1) + "\n")
+        write(options.json, result)
 
 
 if __name__ == "__main__":
