@@ -1,8 +1,11 @@
 // pybind11: names, argument names, docstrings; no arithmetic. Tensors arrive as addresses and sizes, checked in ops.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -35,27 +38,82 @@ void class_distances(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t 
   e2cm::class_distances(rows_at(x, x_dtype, rows, dim, x_stride), head, at<float>(out), threads);
 }
 
-void class_scores(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means, int means_dtype,
-                  int64_t classes, Address center, Address scale, Address confidence, Address prediction,
-                  Address log_probs, int threads) {
+// What a head looks at: the rows of x themselves, or the statistics of x as maps.
+struct X {
+  Address data;
+  int dtype;
+  int64_t rows, dim, stride;
+};
+// Channels, height, width, channels_last; rows and columns of the grids of means, root mean squares and maxima; pairs.
+using Numbers = std::array<int64_t, 11>;
+using Statistics = std::optional<Numbers>;
+
+e2cm::Pooled pooled_at(const X& x, const Numbers& n) {
+  return {{at<const void>(x.data), static_cast<e2cm::DType>(x.dtype), x.rows, n[0], n[1], n[2], x.stride, n[3] != 0},
+          {{n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}, n[10]}};
+}
+
+template <class Body>
+auto with_features(const X& x, const Statistics& statistics, const Body& body) {
+  if (statistics) return body(pooled_at(x, *statistics));
+  return body(rows_at(x.data, x.dtype, x.rows, x.dim, x.stride));
+}
+
+void statistics(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, const Numbers& numbers,
+                Address out, int threads) {
+  const e2cm::Pooled pooled = pooled_at({x, x_dtype, rows, dim, x_stride}, numbers);
   py::gil_scoped_release unlocked;
-  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, dim, dim), at<const float>(center),
+  e2cm::statistics(pooled.maps, pooled.wanted, at<float>(out), threads);
+}
+
+void class_scores(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means, int means_dtype,
+                  int64_t classes, int64_t means_dim, Address center, Address scale, Address confidence,
+                  Address prediction, Address log_probs, const Statistics& statistics, int threads) {
+  py::gil_scoped_release unlocked;
+  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, means_dim, means_dim), at<const float>(center),
                               at<const float>(scale)};
   const e2cm::Answers out{rows, classes, at<float>(confidence), at<int64_t>(prediction), nullptr, at<float>(log_probs)};
-  e2cm::class_scores(rows_at(x, x_dtype, rows, dim, x_stride), head, out, threads);
+  with_features({x, x_dtype, rows, dim, x_stride}, statistics,
+                [&](const auto& features) { e2cm::class_scores(features, head, out, threads); });
+}
+
+void linear_scores(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address weight,
+                   int weight_dtype, int64_t classes, int64_t weight_dim, Address bias, Address confidence,
+                   Address prediction, Address log_probs, const Statistics& statistics, int threads) {
+  py::gil_scoped_release unlocked;
+  const e2cm::Linear head{rows_at(weight, weight_dtype, classes, weight_dim, weight_dim), at<const float>(bias)};
+  const e2cm::Answers out{rows, classes, at<float>(confidence), at<int64_t>(prediction), nullptr, at<float>(log_probs)};
+  with_features({x, x_dtype, rows, dim, x_stride}, statistics,
+                [&](const auto& features) { e2cm::linear_scores(features, head, out, threads); });
 }
 
 int64_t exit_step(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means, int means_dtype,
-                  int64_t classes, Address center, Address scale, int rule, float threshold, int64_t exit_number,
-                  Address ids, int64_t out_rows, Address confidence, Address prediction, Address exit,
-                  Address log_probs, Address keep, int threads) {
+                  int64_t classes, int64_t means_dim, Address center, Address scale, int rule, float threshold,
+                  int64_t exit_number, Address ids, int64_t out_rows, Address confidence, Address prediction,
+                  Address exit, Address log_probs, Address keep, const Statistics& statistics, int threads) {
   py::gil_scoped_release unlocked;
-  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, dim, dim), at<const float>(center),
+  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, means_dim, means_dim), at<const float>(center),
                               at<const float>(scale)};
   const e2cm::Departure departure{static_cast<e2cm::Rule>(rule), threshold, exit_number, at<const int64_t>(ids)};
   const e2cm::Answers out{
       out_rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
-  return e2cm::exit_step(rows_at(x, x_dtype, rows, dim, x_stride), head, departure, out, at<int64_t>(keep), threads);
+  return with_features({x, x_dtype, rows, dim, x_stride}, statistics, [&](const auto& features) {
+    return e2cm::exit_step(features, head, departure, out, at<int64_t>(keep), threads);
+  });
+}
+
+int64_t linear_step(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address weight,
+                    int weight_dtype, int64_t classes, int64_t weight_dim, Address bias, int rule, float threshold,
+                    int64_t exit_number, Address ids, int64_t out_rows, Address confidence, Address prediction,
+                    Address exit, Address log_probs, Address keep, const Statistics& statistics, int threads) {
+  py::gil_scoped_release unlocked;
+  const e2cm::Linear head{rows_at(weight, weight_dtype, classes, weight_dim, weight_dim), at<const float>(bias)};
+  const e2cm::Departure departure{static_cast<e2cm::Rule>(rule), threshold, exit_number, at<const int64_t>(ids)};
+  const e2cm::Answers out{
+      out_rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
+  return with_features({x, x_dtype, rows, dim, x_stride}, statistics, [&](const auto& features) {
+    return e2cm::linear_step(features, head, departure, out, at<int64_t>(keep), threads);
+  });
 }
 
 int64_t decide(Address scores, int scores_dtype, int64_t rows, int64_t classes, int64_t scores_stride, Address scale,
@@ -155,15 +213,28 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("class_distances", &class_distances, "Distances of all rows to all means, [rows, classes] float32.",
         py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
         py::arg("means_dtype"), py::arg("classes"), py::arg("center"), py::arg("out"), py::arg("threads"));
+  m.def("statistics", &statistics, "Statistics of all rows, float32.", py::arg("x"), py::arg("x_dtype"),
+        py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("statistics"), py::arg("out"),
+        py::arg("threads"));
   m.def("class_scores", &class_scores, "Confidence, prediction and log-probabilities of all rows.", py::arg("x"),
         py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
-        py::arg("means_dtype"), py::arg("classes"), py::arg("center"), py::arg("scale"), py::arg("confidence"),
-        py::arg("prediction"), py::arg("log_probs"), py::arg("threads"));
+        py::arg("means_dtype"), py::arg("classes"), py::arg("means_dim"), py::arg("center"), py::arg("scale"),
+        py::arg("confidence"), py::arg("prediction"), py::arg("log_probs"), py::arg("statistics"), py::arg("threads"));
+  m.def("linear_scores", &linear_scores, "class_scores of a linear head.", py::arg("x"), py::arg("x_dtype"),
+        py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_dtype"),
+        py::arg("classes"), py::arg("weight_dim"), py::arg("bias"), py::arg("confidence"), py::arg("prediction"),
+        py::arg("log_probs"), py::arg("statistics"), py::arg("threads"));
   m.def("exit_step", &exit_step, "Answers of the rows that leave; returns how many stay, their numbers in keep.",
         py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
-        py::arg("means_dtype"), py::arg("classes"), py::arg("center"), py::arg("scale"), py::arg("rule"),
-        py::arg("threshold"), py::arg("exit_number"), py::arg("ids"), py::arg("out_rows"), py::arg("confidence"),
-        py::arg("prediction"), py::arg("exit"), py::arg("log_probs"), py::arg("keep"), py::arg("threads"));
+        py::arg("means_dtype"), py::arg("classes"), py::arg("means_dim"), py::arg("center"), py::arg("scale"),
+        py::arg("rule"), py::arg("threshold"), py::arg("exit_number"), py::arg("ids"), py::arg("out_rows"),
+        py::arg("confidence"), py::arg("prediction"), py::arg("exit"), py::arg("log_probs"), py::arg("keep"),
+        py::arg("statistics"), py::arg("threads"));
+  m.def("linear_step", &linear_step, "exit_step of a linear head.", py::arg("x"), py::arg("x_dtype"), py::arg("rows"),
+        py::arg("dim"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_dtype"), py::arg("classes"),
+        py::arg("weight_dim"), py::arg("bias"), py::arg("rule"), py::arg("threshold"), py::arg("exit_number"),
+        py::arg("ids"), py::arg("out_rows"), py::arg("confidence"), py::arg("prediction"), py::arg("exit"),
+        py::arg("log_probs"), py::arg("keep"), py::arg("statistics"), py::arg("threads"));
   m.def("decide", &decide, "exit_step for scores that another head has made.", py::arg("scores"),
         py::arg("scores_dtype"), py::arg("rows"), py::arg("classes"), py::arg("scores_stride"), py::arg("scale"),
         py::arg("rule"), py::arg("threshold"), py::arg("exit_number"), py::arg("ids"), py::arg("out_rows"),

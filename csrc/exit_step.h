@@ -8,6 +8,9 @@
 //                or if -sum p log p < threshold        (Rule::entropy)
 //   compaction   the rows that stay, moved together in their old order
 //
+// A linear head has logits weight . x + bias in the place of -d / scale. Either head may look at statistics of feature
+// maps, see Statistics, in the place of the features themselves.
+//
 // A class whose scale is not a positive finite number has no mean: its probability is 0. A row with a NaN among its
 // distances, or with no finite distance at all, gets NaN for a confidence and never leaves. Ties go to the lowest
 // class.
@@ -37,6 +40,49 @@ struct ClassMeans {
   Rows means;
   const float* center;
   const float* scale;
+};
+
+// logits[b][k] = weight[k] . x[b] + bias[k]. weight: [classes, dim] in the memory order of the features, bias:
+// [classes]. A bias of -inf: a class that is never predicted.
+struct Linear {
+  Rows weight;
+  const float* bias;
+};
+
+// Feature maps: every sample is dense, [channels, height, width] or, with channels_last, [height, width, channels];
+// `stride` is the distance between two samples, in elements.
+struct Maps {
+  const void* data;
+  DType dtype;
+  int64_t rows;
+  int64_t channels, height, width;
+  int64_t stride;
+  bool channels_last;
+};
+
+// Cells that a map is cut into: cell i of n numbers on an axis of g cells goes from i n / g to (i + 1) n / g, rounded
+// down. At most as many cells as numbers, or 0 x 0: none.
+struct Grid {
+  int64_t rows, columns;
+  int64_t cells() const { return rows * columns; }
+};
+
+// Per channel: the mean, the root mean square and the maximum of each cell of a grid of its own; and, for `pairs`
+// offsets o = 0, 1, ..., the mean product of channels c and c + o over the whole map, the first channels following the
+// last: its root, with its sign. A sample's statistics are [channels, cells of mean], then [channels, cells of rms],
+// then [channels, cells of max], then [pairs, channels], float32. A cell with a NaN or an infinity in it has NaN for a
+// maximum: it would hide -inf. Squares above 3e38 are infinite.
+struct Statistics {
+  Grid mean, rms, max;
+  int64_t pairs;  // at most half the channels, rounded up: more would be the same ones again
+  int64_t cells() const { return mean.cells() + rms.cells() + max.cells(); }
+  int64_t size(int64_t channels) const { return channels * (cells() + pairs); }
+};
+
+// Statistics of maps, for a head to look at.
+struct Pooled {
+  Maps maps;
+  Statistics wanted;
 };
 
 // Where answers go. log_probs may be null. Row i belongs to sample i.
@@ -72,7 +118,21 @@ void class_scores(const Rows& x, const ClassMeans& head, const Answers& out, int
 int64_t exit_step(const Rows& x, const ClassMeans& head, const Departure& departure, const Answers& out, int64_t* keep,
                   int threads);
 
-// The same for scores that some other head has made: logits if `scale` is null, else distances to be divided by it.
+// The same for a linear head, and for heads that look at statistics.
+void linear_scores(const Rows& x, const Linear& head, const Answers& out, int threads);
+int64_t linear_step(const Rows& x, const Linear& head, const Departure& departure, const Answers& out, int64_t* keep,
+                    int threads);
+void class_scores(const Pooled& x, const ClassMeans& head, const Answers& out, int threads);
+int64_t exit_step(const Pooled& x, const ClassMeans& head, const Departure& departure, const Answers& out,
+                  int64_t* keep, int threads);
+void linear_scores(const Pooled& x, const Linear& head, const Answers& out, int threads);
+int64_t linear_step(const Pooled& x, const Linear& head, const Departure& departure, const Answers& out, int64_t* keep,
+                    int threads);
+
+// out: [maps.rows, wanted.size(maps.channels)], dense.
+void statistics(const Maps& maps, const Statistics& wanted, float* out, int threads);
+
+// exit_step for scores that some other head has made: logits if `scale` is null, else distances to be divided by it.
 int64_t decide(const Rows& scores, const float* scale, const Departure& departure, const Answers& out, int64_t* keep,
                int threads);
 

@@ -1,4 +1,5 @@
-// exit_step and decide on Python's own objects: looked at, computed and answered without going back to Python.
+// exit_step, linear_step and decide on Python's own objects: looked at, computed and answered without going back to
+// Python.
 //
 // An exit of a small network is a few microseconds of arithmetic; asking eleven tensors for their dtype, shape, strides
 // and address through Python takes longer than that. Here torch fills a struct per tensor (see tensor_view.h).
@@ -33,8 +34,10 @@ struct Torch {
   PyObject* tensor = nullptr;                  // types
   PyObject* parameter = nullptr;
   PyObject* decisions = nullptr;
+  PyObject* statistics = nullptr;
   PyObject* is_neg = nullptr;  // methods of torch.Tensor
   PyObject* new_empty_strided = nullptr;
+  PyObject* numbers = nullptr;  // the name of an attribute of Statistics
 };
 Torch torch;
 
@@ -153,6 +156,49 @@ struct Batch {
     for (int d = 1; d < ndim; ++d)
       if (t.shape[lead + d - 1] != shape[d]) return false;
     return channels_last ? is_dense(t, 0, lead) : is_dense(t, 0);
+  }
+};
+
+// The statistics that a head looks at, if it does not look at x itself.
+struct Looks {
+  bool at_x = true;
+  Pooled pooled{};
+  int64_t size = 0;  // of what it looks at
+
+  bool take(PyObject* statistics, const Batch& x, DType dtype) {
+    size = x.dim;
+    if (statistics == Py_None) return true;
+    int64_t n[8];
+    if (!is_type(statistics, torch.statistics) || !numbers_of(statistics, n)) return false;
+    const bool last = n[7] != 0;
+    if (x.ndim > 4 || (last && x.channels_last)) return false;
+    Maps& maps = pooled.maps;
+    maps = {x.data, dtype, x.rows, x.shape[last ? x.ndim - 1 : 1], 1, 1, x.stride, last || x.channels_last};
+    if (x.ndim > 2) maps.height = x.shape[last ? 1 : 2];
+    if (x.ndim > 3) maps.width = x.shape[last ? 2 : 3];
+    pooled.wanted = {{n[0], n[1]}, {n[2], n[3]}, {n[4], n[5]}, n[6]};
+    for (int i = 0; i < 6; i += 2)
+      if (n[i] > maps.height || n[i + 1] > maps.width) return false;
+    if (n[6] > (maps.channels + 1) / 2) return false;
+    size = pooled.wanted.size(maps.channels);
+    at_x = false;
+    return true;
+  }
+
+ private:
+  // Statistics has checked them when it was made.
+  static bool numbers_of(PyObject* statistics, int64_t (&numbers)[8]) {
+    const py::object all = py::reinterpret_steal<py::object>(PyObject_GetAttr(statistics, torch.numbers));
+    if (!all) PyErr_Clear();
+    if (!all || !PyTuple_CheckExact(all.ptr()) || PyTuple_GET_SIZE(all.ptr()) != 8) return false;
+    for (int i = 0; i < 8; ++i) {
+      PyObject* const number = PyTuple_GET_ITEM(all.ptr(), i);
+      int overflow = 0;
+      if (!PyLong_CheckExact(number)) return false;
+      numbers[i] = PyLong_AsLongLongAndOverflow(number, &overflow);
+      if (overflow) return false;
+    }
+    return true;
   }
 };
 
@@ -349,11 +395,26 @@ PyObject* run(const Call& call, const Compute& compute) {
 
 PyObject* unusual() { Py_RETURN_NONE; }
 
+// Is t a vector of `size` for each of some classes, in the order of what the head looks at?
+bool is_head(const Tensor& t, const Batch& x, const Looks& looks) {
+  if (t.ndim < 2 || t.shape[0] < 1) return false;
+  return looks.at_x ? x.is_order_of(t, 1) : looks.size > 0 && is_matrix(t, t.shape[0], looks.size);
+}
+
+// kernel(features, keep) for the rows of x, or for their statistics.
+template <class Kernel>
+PyObject* run_head(const Call& call, DType dtype, const Looks& looks, const Kernel& kernel) {
+  return run(call, [&](int64_t* keep) {
+    if (!looks.at_x) return kernel(looks.pooled, keep);
+    return kernel(Rows{call.x.data, dtype, call.x.rows, call.x.dim, call.x.stride}, keep);
+  });
+}
+
 PyObject* usual_exit_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 10) return PyErr_Format(PyExc_TypeError, "usual_exit_step takes 10 arguments, not %zd", count);
+  if (count != 11) return PyErr_Format(PyExc_TypeError, "usual_exit_step takes 11 arguments, not %zd", count);
   Call call;
   PyObject* const out = args[5];
-  if (!torch.exchange || !call.take_rule(args[3], args[7], args[8], args[9]) || !is_out(out)) return unusual();
+  if (!torch.exchange || !call.take_rule(args[3], args[8], args[9], args[10]) || !is_out(out)) return unusual();
   Argument tensors[] = {{args[0]},
                         {args[1]},
                         {args[2]},
@@ -367,19 +428,53 @@ PyObject* usual_exit_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor &x = tensors[0].view, &means = tensors[1].view, &scale = tensors[2].view;
   const Tensor* const center = tensors[4].get();
   DType dtype, means_dtype;
+  Looks looks;
   if (!feature_dtype(x, dtype) || !feature_dtype(means, means_dtype) || !call.take_x(args[0], x)) return unusual();
-  if (means.ndim < 2 || means.shape[0] < 1 || !call.x.is_order_of(means, 1)) return unusual();
+  if (!looks.take(args[7], call.x, dtype) || !is_head(means, call.x, looks)) return unusual();
   const int64_t classes = means.shape[0];
   if (!is_float32(scale) || !is_vector(scale, classes)) return unusual();
-  if (center && !(is_float32(*center) && call.x.is_order_of(*center, 0))) return unusual();
+  if (center &&
+      !(is_float32(*center) && (looks.at_x ? call.x.is_order_of(*center, 0) : is_vector(*center, looks.size))))
+    return unusual();
   if (!call.take_ids(args[4], tensors[3].view)) return unusual();
   if (!call.take_out(tensors[5].view, tensors[6].view, tensors[7].view, tensors[8].get(), classes)) return unusual();
 
-  const Rows rows{x.data, dtype, call.x.rows, call.x.dim, call.x.stride};
-  const ClassMeans head{{means.data, means_dtype, classes, call.x.dim, call.x.dim},
+  const ClassMeans head{{means.data, means_dtype, classes, looks.size, looks.size},
                         center ? static_cast<const float*>(center->data) : nullptr,
                         static_cast<const float*>(scale.data)};
-  return run(call, [&](int64_t* keep) { return exit_step(rows, head, call.departure, call.out, keep, call.threads); });
+  return run_head(call, dtype, looks, [&](const auto& features, int64_t* keep) {
+    return exit_step(features, head, call.departure, call.out, keep, call.threads);
+  });
+}
+
+PyObject* usual_linear_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 10) return PyErr_Format(PyExc_TypeError, "usual_linear_step takes 10 arguments, not %zd", count);
+  Call call;
+  PyObject* const out = args[5];
+  if (!torch.exchange || !call.take_rule(args[3], args[7], args[8], args[9]) || !is_out(out)) return unusual();
+  Argument tensors[] = {{args[0]},
+                        {args[1]},
+                        {args[2]},
+                        {args[4]},
+                        {PyTuple_GET_ITEM(out, 0)},
+                        {PyTuple_GET_ITEM(out, 1)},
+                        {PyTuple_GET_ITEM(out, 2)},
+                        {PyTuple_GET_ITEM(out, 3), true}};
+  if (!look_at(tensors)) return unusual();
+  const Tensor &x = tensors[0].view, &weight = tensors[1].view, &bias = tensors[2].view;
+  DType dtype, weight_dtype;
+  Looks looks;
+  if (!feature_dtype(x, dtype) || !feature_dtype(weight, weight_dtype) || !call.take_x(args[0], x)) return unusual();
+  if (!looks.take(args[6], call.x, dtype) || !is_head(weight, call.x, looks)) return unusual();
+  const int64_t classes = weight.shape[0];
+  if (!is_float32(bias) || !is_vector(bias, classes)) return unusual();
+  if (!call.take_ids(args[4], tensors[3].view)) return unusual();
+  if (!call.take_out(tensors[4].view, tensors[5].view, tensors[6].view, tensors[7].get(), classes)) return unusual();
+
+  const Linear head{{weight.data, weight_dtype, classes, looks.size, looks.size}, static_cast<const float*>(bias.data)};
+  return run_head(call, dtype, looks, [&](const auto& features, int64_t* keep) {
+    return linear_step(features, head, call.departure, call.out, keep, call.threads);
+  });
 }
 
 PyObject* usual_decide(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -415,7 +510,8 @@ PyObject* usual_decide(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // False if this torch cannot show its tensors to C: then every call is unusual.
-bool meet_torch(const py::object& tensor, const py::object& parameter, const py::object& decisions) {
+bool meet_torch(const py::object& tensor, const py::object& parameter, const py::object& decisions,
+                const py::object& statistics) {
   const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
   const dlpack::Exchange* exchange = nullptr;
   if (PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule))
@@ -427,6 +523,8 @@ bool meet_torch(const py::object& tensor, const py::object& parameter, const py:
   met.tensor = py::object(tensor).release().ptr();
   met.parameter = py::object(parameter).release().ptr();
   met.decisions = py::object(decisions).release().ptr();
+  met.statistics = py::object(statistics).release().ptr();
+  met.numbers = PyUnicode_InternFromString("numbers");
   torch = met;
   return exchange != nullptr;
 }
@@ -444,10 +542,13 @@ void add(py::module_& m, const char* name, const char* doc) {
 
 void bind_usual_calls(py::module_& m) {
   m.def("meet_torch", &meet_torch, "Whether this torch can show its tensors to C; to be called once.",
-        py::arg("tensor"), py::arg("parameter"), py::arg("decisions"));
+        py::arg("tensor"), py::arg("parameter"), py::arg("decisions"), py::arg("statistics"));
   add<usual_exit_step>(m, "usual_exit_step",
-                       "(x, means, scale, threshold, ids, out, center, rule, exit, threads) -> (survivors, ids), or "
-                       "None if an argument is not as usual.");
+                       "(x, means, scale, threshold, ids, out, center, statistics, rule, exit, threads) -> "
+                       "(survivors, ids), or None if an argument is not as usual.");
+  add<usual_linear_step>(m, "usual_linear_step",
+                         "(x, weight, bias, threshold, ids, out, statistics, rule, exit, threads) -> (survivors, ids), "
+                         "or None if an argument is not as usual.");
   add<usual_decide>(m, "usual_decide",
                     "(x, scores, threshold, ids, out, scale, rule, exit, threads) -> (survivors, ids), or None if an "
                     "argument is not as usual.");

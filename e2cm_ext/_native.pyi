@@ -1,4 +1,6 @@
 # Addresses are of a tensor's first element; 0 stands for "none". dtypes: 0 float32, 1 bfloat16, 2 float16.
+# statistics: channels, height, width, channels_last; rows and columns of the grids of mean, rms and max.
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +18,16 @@ def class_distances(
     out: int,
     threads: int,
 ) -> None: ...
+def statistics(
+    x: int,
+    x_dtype: int,
+    rows: int,
+    dim: int,
+    x_stride: int,
+    statistics: Sequence[int],
+    out: int,
+    threads: int,
+) -> None: ...
 def class_scores(
     x: int,
     x_dtype: int,
@@ -25,11 +37,30 @@ def class_scores(
     means: int,
     means_dtype: int,
     classes: int,
+    means_dim: int,
     center: int,
     scale: int,
     confidence: int,
     prediction: int,
     log_probs: int,
+    statistics: Sequence[int] | None,
+    threads: int,
+) -> None: ...
+def linear_scores(
+    x: int,
+    x_dtype: int,
+    rows: int,
+    dim: int,
+    x_stride: int,
+    weight: int,
+    weight_dtype: int,
+    classes: int,
+    weight_dim: int,
+    bias: int,
+    confidence: int,
+    prediction: int,
+    log_probs: int,
+    statistics: Sequence[int] | None,
     threads: int,
 ) -> None: ...
 def exit_step(
@@ -41,6 +72,7 @@ def exit_step(
     means: int,
     means_dtype: int,
     classes: int,
+    means_dim: int,
     center: int,
     scale: int,
     rule: int,
@@ -53,6 +85,31 @@ def exit_step(
     exit: int,
     log_probs: int,
     keep: int,
+    statistics: Sequence[int] | None,
+    threads: int,
+) -> int: ...
+def linear_step(
+    x: int,
+    x_dtype: int,
+    rows: int,
+    dim: int,
+    x_stride: int,
+    weight: int,
+    weight_dtype: int,
+    classes: int,
+    weight_dim: int,
+    bias: int,
+    rule: int,
+    threshold: float,
+    exit_number: int,
+    ids: int,
+    out_rows: int,
+    confidence: int,
+    prediction: int,
+    exit: int,
+    log_probs: int,
+    keep: int,
+    statistics: Sequence[int] | None,
     threads: int,
 ) -> int: ...
 def decide(
@@ -93,7 +150,7 @@ def cuda_gather_rows(
     target: int,
     stream: int,
 ) -> None: ...  # only in a build with CUDA
-def meet_torch(tensor: type, parameter: type, decisions: type) -> bool: ...
+def meet_torch(tensor: type, parameter: type, decisions: type, statistics: type) -> bool: ...
 
 # By position only. Whatever comes: None if it is not as usual.
 def usual_exit_step(
@@ -104,6 +161,20 @@ def usual_exit_step(
     ids: object,
     out: object,
     center: object,
+    statistics: object,
+    rule: object,
+    exit: object,
+    threads: int,
+    /,
+) -> tuple[Tensor, Tensor] | None: ...
+def usual_linear_step(
+    x: object,
+    weight: object,
+    bias: object,
+    threshold: object,
+    ids: object,
+    out: object,
+    statistics: object,
     rule: object,
     exit: object,
     threads: int,

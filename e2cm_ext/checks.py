@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .decisions import Decisions
+from .statistics import Statistics
 
 FEATURE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"confidence": 0, "entropy": 1}
@@ -81,49 +82,75 @@ def channels_last_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
-def in_order_of(x: Batch, rows: Tensor) -> Tensor:
-    """rows [N, ...] in the memory order of x: free if they are stored that way, a copy if not."""
-    if not x.channels_last:
+class Looks(NamedTuple):
+    """What a head looks at: features themselves, or their statistics."""
+
+    batch: Batch  # x
+    features: Batch  # x again, in the order in which it is read
+    numbers: tuple[int, ...] | None  # map and grids, as the compiled module takes them
+    shape: tuple[int, ...]  # of one sample of it
+    dim: int
+
+    @property
+    def what(self) -> str:
+        return "`x`" if self.numbers is None else "the statistics"
+
+
+def looks(name: str, x: Tensor, statistics: Statistics | None) -> Looks:
+    """x, and what of it is looked at: `statistics`, which is the argument `name` of whom the user has called."""
+    f = features("x", x)
+    if statistics is None:
+        return Looks(f, f, None, tuple(f.tensor.shape[1:]), f.dim)
+    if not isinstance(statistics, Statistics):
+        raise TypeError(f"`{name}` is a {_kind(statistics)}; wanted e2cm_ext.Statistics")
+    shape = f.tensor.shape[1:]
+    size = statistics.size(shape)
+    last = statistics.channels == -1
+    read = features("x", f.tensor.contiguous()) if last and f.channels_last else f  # their channels lie elsewhere
+    channels_last = int(last or f.channels_last)
+    return Looks(f, read, (*statistics.map_of(shape), channels_last, *statistics.numbers[:7]), (size,), size)
+
+
+def in_order_of(x: Looks, rows: Tensor) -> Tensor:
+    """rows [N, ...] in the memory order of what is looked at: free if they are stored that way, a copy if not."""
+    if x.numbers is not None or not x.features.channels_last:
         return rows if rows.is_contiguous() else rows.contiguous()
-    return rows.reshape(-1, *x.tensor.shape[1:]).contiguous(memory_format=channels_last_format(x.tensor))
+    return rows.reshape(-1, *x.shape).contiguous(memory_format=channels_last_format(x.features.tensor))
 
 
-def class_means(x: Batch, means: Tensor) -> tuple[Tensor, int, int]:
-    """The means in the memory order of x, their dtype's code, their number."""
-    means = strided("means", means, "a tensor [classes, ...]")
-    code = FEATURE_DTYPES.get(means.dtype, -1)
+def class_vectors(name: str, x: Looks, rows: Tensor) -> tuple[Tensor, int, int]:
+    """A vector per class in the memory order of what is looked at, their dtype's code, their number."""
+    rows = strided(name, rows, "a tensor [classes, ...]")
+    code = FEATURE_DTYPES.get(rows.dtype, -1)
     if code < 0:
-        raise TypeError(f"`means` is {means.dtype}; wanted float32, bfloat16 or float16: call .float()")
-    same_device("means", means, x.tensor)
-    shape, wanted = means.shape, x.tensor.shape
-    if len(shape) < 2 or shape[0] < 1 or (shape[1:] != wanted[1:] and shape[1:] != (x.dim,)):
+        raise TypeError(f"`{name}` is {rows.dtype}; wanted float32, bfloat16 or float16: call .float()")
+    same_device(name, rows, x.features.tensor)
+    shape = rows.shape
+    if len(shape) < 2 or shape[0] < 1 or (shape[1:] != x.shape and shape[1:] != (x.dim,)):
         raise ValueError(
-            f"`means` has shape {list(shape)}; wanted [classes, ...] with classes >= 1 and, behind it, the shape of "
-            f"one sample of `x`, {list(wanted[1:])}, or its {x.dim} features in a row"
+            f"`{name}` has shape {list(shape)}; wanted [classes, ...] with classes >= 1 and, behind it, the shape of "
+            f"one sample of {x.what}, {list(x.shape)}, or its {x.dim} features in a row"
         )
-    return in_order_of(x, means), code, shape[0]
+    return in_order_of(x, rows), code, shape[0]
 
 
-def center(x: Batch, center: Tensor | None) -> Tensor | None:
-    """The center as float32 in the memory order of x."""
+def center(x: Looks, center: Tensor | None) -> Tensor | None:
+    """The center as float32 in the memory order of what is looked at."""
     if center is None:
         return None
     center = strided("center", center, "a float32 tensor [features] or None")
     if not center.is_floating_point():
         raise TypeError(f"`center` is a {_kind(center)}; wanted a float32 tensor [features] or None")
-    same_device("center", center, x.tensor)
+    same_device("center", center, x.features.tensor)
     shape = center.shape
-    if shape != (x.dim,) and shape != x.tensor.shape[1:]:
+    if shape != (x.dim,) and shape != x.shape:
         raise ValueError(
-            f"`center` has shape {list(shape)}; wanted that of one sample of `x`, "
-            f"{list(x.tensor.shape[1:])}, or [{x.dim}]"
+            f"`center` has shape {list(shape)}; wanted that of one sample of {x.what}, {list(x.shape)}, or [{x.dim}]"
         )
-    if center.dtype is _FLOAT32 and not x.channels_last and center.is_contiguous():
-        return center
     return in_order_of(x, center.float()[None])
 
 
-def scales(name: str, scale: Tensor, classes: int, like: Tensor) -> Tensor:
+def per_class(name: str, scale: Tensor, classes: int, like: Tensor) -> Tensor:
     scale = strided(name, scale, f"a float32 tensor [{classes}]")
     if not scale.is_floating_point():
         raise TypeError(f"`{name}` is a {_kind(scale)}; wanted a float32 tensor [{classes}]")

@@ -12,6 +12,7 @@ gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,19 @@ from torch import Tensor
 
 from . import _native, checks, reference
 from .decisions import Decisions
+from .statistics import Statistics
 
-__all__ = ["ClassScores", "class_distances", "class_scores", "compact", "decide", "exit_step"]
+__all__ = [
+    "ClassScores",
+    "class_distances",
+    "class_scores",
+    "compact",
+    "decide",
+    "exit_step",
+    "linear_scores",
+    "linear_step",
+    "statistics",
+]
 
 # Looked up once: an attribute of a module costs as much as looking at a tensor.
 _is_compiling = torch.compiler.is_compiling
@@ -31,14 +43,28 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 # An exit is done in one native call if its arguments are what nearly every call brings: plain tensors on the CPU, in
 # shapes, dtypes and memory orders that fit (csrc/usual_call.cpp). For anything else, and for everything before torch
 # 2.10, these give None, and the way through checks.py is taken: it makes arguments fit or says what is wrong with them.
-_native.meet_torch(Tensor, torch.nn.Parameter, Decisions)
+_native.meet_torch(Tensor, torch.nn.Parameter, Decisions, Statistics)
 _usual_exit_step, _usual_decide = _native.usual_exit_step, _native.usual_decide
+_usual_linear_step = _native.usual_linear_step
 
 
 class ClassScores(NamedTuple):
     confidence: Tensor  # [B] float32: the largest probability
     prediction: Tensor  # [B] int64
     log_probs: Tensor  # [B, K] float32
+
+
+def statistics(x: Tensor, wanted: Statistics) -> Tensor:
+    """[B, wanted.size(...)] float32: per channel means, root mean squares and maxima, of cells of the maps x [B, ...],
+    and mean products of pairs of channels.
+
+    All in one pass over x. A NaN reaches every statistic of its cell, and so does an infinity: a maximum, which would
+    hide -inf, is NaN then. Squares are float32: features above 1e18 may have an infinite root mean square.
+    """
+    if _traced(x):
+        made: Tensor = _statistics_op(x, wanted.numbers)
+        return made
+    return _statistics(x, wanted)
 
 
 def class_distances(x: Tensor, means: Tensor, center: Tensor | None = None) -> Tensor:
@@ -54,15 +80,34 @@ def class_distances(x: Tensor, means: Tensor, center: Tensor | None = None) -> T
     return _class_distances(x, means, center)
 
 
-def class_scores(x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None = None) -> ClassScores:
+def class_scores(
+    x: Tensor,
+    means: Tensor,
+    scale: Tensor,
+    center: Tensor | None = None,
+    statistics: Statistics | None = None,
+) -> ClassScores:
     """softmax over k of -||x[b] - means[k]|| / scale[k]: confidence, prediction and log-probabilities of every sample.
 
     x [B, ...]; means [K, ...] in the shape of x's samples, or [K, D], fastest if stored in x's memory order;
     scale [K]: the average distance of the training samples to that mean; `center`: see class_distances.
+    `statistics`: of x, to be looked at in its place; means are [K, size] then, and the center is [size].
     """
     if _traced(x, means, scale, center):
-        return ClassScores(*_class_scores_op(x, means, scale, center))
-    return ClassScores(*_class_scores(x, means, scale, center))
+        return ClassScores(*_class_scores_op(x, means, scale, center, _numbers(statistics)))
+    return ClassScores(*_class_scores(x, means, scale, center, statistics))
+
+
+def linear_scores(x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics | None = None) -> ClassScores:
+    """softmax over k of x[b] . weight[k] + bias[k]: class_scores of a linear head.
+
+    x [B, ...]; weight [K, ...] in the shape of x's samples, or [K, D]; bias [K], -inf for a class that is never
+    predicted. `statistics`: of x, to be looked at in its place; weight is [K, size] then. Features that are so large
+    that a product with their weights is infinite count as infinite themselves.
+    """
+    if _traced(x, weight, bias):
+        return ClassScores(*_linear_scores_op(x, weight, bias, _numbers(statistics)))
+    return ClassScores(*_linear_scores(x, weight, bias, statistics))
 
 
 def exit_step(
@@ -73,6 +118,7 @@ def exit_step(
     ids: Tensor,
     out: Decisions,
     center: Tensor | None = None,
+    statistics: Statistics | None = None,
     *,
     rule: str = "confidence",
     exit: int = 0,
@@ -87,15 +133,40 @@ def exit_step(
     themselves, not copies.
     """
     if not (_is_compiling() or _active_modes()):
-        done = _usual_exit_step(x, means, scale, threshold, ids, out, center, rule, exit, _threads())
+        done = _usual_exit_step(x, means, scale, threshold, ids, out, center, statistics, rule, exit, _threads())
         if done is not None:
             return done
     if _traced(x, means, scale, ids, center, out=out):
         result: tuple[Tensor, Tensor] = _exit_step_op(
-            x, means, scale, _threshold_tensor(threshold), ids, *out, center, rule, exit
+            x, means, scale, _threshold_tensor(threshold), ids, *out, center, _numbers(statistics), rule, exit
         )
         return result
-    return _exit_step(x, means, scale, threshold, ids, out, center, rule, exit)
+    return _exit_step(x, means, scale, threshold, ids, out, center, statistics, rule, exit)
+
+
+def linear_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    threshold: float | Tensor,
+    ids: Tensor,
+    out: Decisions,
+    statistics: Statistics | None = None,
+    *,
+    rule: str = "confidence",
+    exit: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """exit_step of a linear head: see linear_scores, whose confidences these are, bit for bit."""
+    if not (_is_compiling() or _active_modes()):
+        done = _usual_linear_step(x, weight, bias, threshold, ids, out, statistics, rule, exit, _threads())
+        if done is not None:
+            return done
+    if _traced(x, weight, bias, ids, out=out):
+        result: tuple[Tensor, Tensor] = _linear_step_op(
+            x, weight, bias, _threshold_tensor(threshold), ids, *out, _numbers(statistics), rule, exit
+        )
+        return result
+    return _linear_step(x, weight, bias, threshold, ids, out, statistics, rule, exit)
 
 
 def decide(
@@ -148,32 +219,59 @@ def _traced(*tensors: Tensor | None, out: Decisions | tuple[()] = ()) -> bool:
     return any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in tensors)
 
 
-def _class_distances(x: Tensor, means: Tensor, center: Tensor | None) -> Tensor:
-    f = checks.features("x", x)
-    m, m_dtype, classes = checks.class_means(f, means)
-    center = checks.center(f, center)
+def _statistics(x: Tensor, wanted: Statistics) -> Tensor:
+    look = checks.looks("wanted", x, wanted)
+    f = look.features
     if not x.is_cpu:
-        return reference.class_distances(x, _like_x(x, means), center).float()
-    out = _floats(f.rows, classes)
-    _native.class_distances(
-        f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride, m.data_ptr(), m_dtype, classes, _address(center),
-        out.data_ptr(), _threads(),
-    )  # fmt: skip
+        return reference.statistics(x, wanted)
+    out = _floats(f.rows, look.dim)
+    _native.statistics(*_rows(f), look.numbers or (), out.data_ptr(), _threads())
     return out
 
 
-def _class_scores(x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    f = checks.features("x", x)
-    m, m_dtype, classes = checks.class_means(f, means)
-    scale = checks.scales("scale", scale, classes, x)
-    center = checks.center(f, center)
+def _class_distances(x: Tensor, means: Tensor, center: Tensor | None) -> Tensor:
+    look = checks.looks("statistics", x, None)
+    f = look.features
+    m, m_dtype, classes = checks.class_vectors("means", look, means)
+    center = checks.center(look, center)
     if not x.is_cpu:
-        return reference.class_scores(x, _like_x(x, means), scale, center)
+        return reference.class_distances(x, _like(look, means), center).float()
+    out = _floats(f.rows, classes)
+    _native.class_distances(*_rows(f), m.data_ptr(), m_dtype, classes, _address(center), out.data_ptr(), _threads())
+    return out
+
+
+def _class_scores(
+    x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None, statistics: Statistics | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    look = checks.looks("statistics", x, statistics)
+    f = look.features
+    m, m_dtype, classes = checks.class_vectors("means", look, means)
+    scale = checks.per_class("scale", scale, classes, x)
+    center = checks.center(look, center)
+    if not x.is_cpu:
+        return reference.class_scores(x, _like(look, means), scale, center, statistics)
     confidence, prediction, log_probs = _floats(f.rows), _integers(f.rows), _floats(f.rows, classes)
     _native.class_scores(
-        f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride, m.data_ptr(), m_dtype, classes, _address(center),
-        scale.data_ptr(), confidence.data_ptr(), prediction.data_ptr(), log_probs.data_ptr(),
-        _threads(),
+        *_rows(f), m.data_ptr(), m_dtype, classes, look.dim, _address(center), scale.data_ptr(),
+        confidence.data_ptr(), prediction.data_ptr(), log_probs.data_ptr(), look.numbers, _threads(),
+    )  # fmt: skip
+    return confidence, prediction, log_probs
+
+
+def _linear_scores(
+    x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    look = checks.looks("statistics", x, statistics)
+    f = look.features
+    w, w_dtype, classes = checks.class_vectors("weight", look, weight)
+    bias = checks.per_class("bias", bias, classes, x)
+    if not x.is_cpu:
+        return reference.linear_scores(x, _like(look, weight), bias, statistics)
+    confidence, prediction, log_probs = _floats(f.rows), _integers(f.rows), _floats(f.rows, classes)
+    _native.linear_scores(
+        *_rows(f), w.data_ptr(), w_dtype, classes, look.dim, bias.data_ptr(),
+        confidence.data_ptr(), prediction.data_ptr(), log_probs.data_ptr(), look.numbers, _threads(),
     )  # fmt: skip
     return confidence, prediction, log_probs
 
@@ -186,28 +284,60 @@ def _exit_step(
     ids: Tensor,
     out: Decisions,
     center: Tensor | None,
+    statistics: Statistics | None,
     rule: str,
     exit: int,
 ) -> tuple[Tensor, Tensor]:
     limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
-    f = checks.features("x", x)
-    means, m_dtype, classes = checks.class_means(f, means)
-    scale = checks.scales("scale", scale, classes, x)
-    center = checks.center(f, center)
+    look = checks.looks("statistics", x, statistics)
+    f = look.features
+    m, m_dtype, classes = checks.class_vectors("means", look, means)
+    scale = checks.per_class("scale", scale, classes, x)
+    center = checks.center(look, center)
     ids = checks.sample_ids(ids, f.rows, x)
     out_rows = checks.decisions(out, classes, x)
     if not x.is_cpu:
-        means = _like_x(x, means)
-        return reference.exit_step(x, means, scale, limit, ids, out, center, rule=rule, exit=exit)
+        means = _like(look, means)
+        return reference.exit_step(x, means, scale, limit, ids, out, center, statistics, rule=rule, exit=exit)
     keep = _integers(f.rows)
     prediction, confidence, exited, log_probs = out
     count = _native.exit_step(
-        f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride, means.data_ptr(), m_dtype, classes, _address(center),
-        scale.data_ptr(), code, limit, exit, ids.data_ptr(), out_rows, confidence.data_ptr(), prediction.data_ptr(),
-        exited.data_ptr(), _address(log_probs), keep.data_ptr(),
-        _threads(),
+        *_rows(f), m.data_ptr(), m_dtype, classes, look.dim, _address(center), scale.data_ptr(), code, limit,
+        exit, ids.data_ptr(), out_rows, confidence.data_ptr(), prediction.data_ptr(), exited.data_ptr(),
+        _address(log_probs), keep.data_ptr(), look.numbers, _threads(),
     )  # fmt: skip
-    return _survivors(x, f, ids, keep, count)
+    return _survivors(x, look.batch, ids, keep, count)
+
+
+def _linear_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    threshold: float | Tensor,
+    ids: Tensor,
+    out: Decisions,
+    statistics: Statistics | None,
+    rule: str,
+    exit: int,
+) -> tuple[Tensor, Tensor]:
+    limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
+    look = checks.looks("statistics", x, statistics)
+    f = look.features
+    w, w_dtype, classes = checks.class_vectors("weight", look, weight)
+    bias = checks.per_class("bias", bias, classes, x)
+    ids = checks.sample_ids(ids, f.rows, x)
+    out_rows = checks.decisions(out, classes, x)
+    if not x.is_cpu:
+        weight = _like(look, weight)
+        return reference.linear_step(x, weight, bias, limit, ids, out, statistics, rule=rule, exit=exit)
+    keep = _integers(f.rows)
+    prediction, confidence, exited, log_probs = out
+    count = _native.linear_step(
+        *_rows(f), w.data_ptr(), w_dtype, classes, look.dim, bias.data_ptr(), code, limit,
+        exit, ids.data_ptr(), out_rows, confidence.data_ptr(), prediction.data_ptr(), exited.data_ptr(),
+        _address(log_probs), keep.data_ptr(), look.numbers, _threads(),
+    )  # fmt: skip
+    return _survivors(x, look.batch, ids, keep, count)
 
 
 def _decide(
@@ -226,7 +356,7 @@ def _decide(
         raise ValueError(f"`scores` has shape {list(scores.shape)}; wanted [{f.rows}, classes], one row per sample")
     checks.same_device("scores", scores, x)
     if scale is not None:
-        scale = checks.scales("scale", scale, s.dim, x)
+        scale = checks.per_class("scale", scale, s.dim, x)
     limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
     ids = checks.sample_ids(ids, f.rows, x)
     out_rows = checks.decisions(out, s.dim, x)
@@ -297,8 +427,12 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _like_x(x: Tensor, means: Tensor) -> Tensor:
-    return means.reshape(-1, *x.shape[1:])
+def _rows(f: checks.Batch) -> tuple[int, int, int, int, int]:
+    return f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride
+
+
+def _like(look: checks.Looks, vectors: Tensor) -> Tensor:
+    return vectors.reshape(-1, *look.shape)
 
 
 # ---- torch.library: what torch.compile and torch.export see ---------------------------------------------------------
@@ -306,6 +440,18 @@ def _like_x(x: Tensor, means: Tensor) -> Tensor:
 
 def _threshold_tensor(threshold: float | Tensor) -> Tensor:
     return threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float32)
+
+
+def _numbers(statistics: Statistics | None) -> tuple[int, ...] | None:
+    return None if statistics is None else statistics.numbers
+
+
+def _of_numbers(n: Sequence[int]) -> Statistics:
+    return Statistics((n[0], n[1]), (n[2], n[3]), (n[4], n[5]), n[6], n[7])
+
+
+def _of_numbers_or_none(numbers: Sequence[int] | None) -> Statistics | None:
+    return None if numbers is None else _of_numbers(numbers)
 
 
 def _not_aliased(x: Tensor, ids: Tensor, survivors: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,14 +476,44 @@ def _(x: Tensor, means: Tensor, center: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], means.shape[0]), dtype=torch.float32)
 
 
+@torch.library.custom_op("e2cm_ext::statistics", mutates_args=())
+def _statistics_op(x: Tensor, wanted: Sequence[int]) -> Tensor:
+    return _statistics(x, _of_numbers(wanted))
+
+
+@_statistics_op.register_fake
+def _(x: Tensor, wanted: Sequence[int]) -> Tensor:
+    return x.new_empty((x.shape[0], _of_numbers(wanted).size(x.shape[1:])), dtype=torch.float32)
+
+
 @torch.library.custom_op("e2cm_ext::class_scores", mutates_args=())
-def _class_scores_op(x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _class_scores(x, means, scale, center)
+def _class_scores_op(
+    x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None, statistics: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _class_scores(x, means, scale, center, _of_numbers_or_none(statistics))
 
 
 @_class_scores_op.register_fake
-def _(x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    rows, classes = x.shape[0], means.shape[0]
+def _(
+    x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None, statistics: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _scores_like(x, means)
+
+
+@torch.library.custom_op("e2cm_ext::linear_scores", mutates_args=())
+def _linear_scores_op(
+    x: Tensor, weight: Tensor, bias: Tensor, statistics: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _linear_scores(x, weight, bias, _of_numbers_or_none(statistics))
+
+
+@_linear_scores_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, statistics: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _scores_like(x, weight)
+
+
+def _scores_like(x: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, classes = x.shape[0], vectors.shape[0]
     return (
         x.new_empty((rows,), dtype=torch.float32),
         x.new_empty((rows,), dtype=torch.int64),
@@ -360,11 +536,34 @@ def _exit_step_op(
     exited: Tensor,
     log_probs: Tensor | None,
     center: Tensor | None,
+    statistics: Sequence[int] | None,
     rule: str,
     exit: int,
 ) -> tuple[Tensor, Tensor]:
     out = Decisions(prediction, confidence, exited, log_probs)
-    survivors, kept = _exit_step(x, means, scale, threshold, ids, out, center, rule, exit)
+    looked = _of_numbers_or_none(statistics)
+    survivors, kept = _exit_step(x, means, scale, threshold, ids, out, center, looked, rule, exit)
+    return _not_aliased(x, ids, survivors, kept)
+
+
+@torch.library.custom_op("e2cm_ext::linear_step", mutates_args=_OUT)
+def _linear_step_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    threshold: Tensor,
+    ids: Tensor,
+    prediction: Tensor,
+    confidence: Tensor,
+    exited: Tensor,
+    log_probs: Tensor | None,
+    statistics: Sequence[int] | None,
+    rule: str,
+    exit: int,
+) -> tuple[Tensor, Tensor]:
+    out = Decisions(prediction, confidence, exited, log_probs)
+    looked = _of_numbers_or_none(statistics)
+    survivors, kept = _linear_step(x, weight, bias, threshold, ids, out, looked, rule, exit)
     return _not_aliased(x, ids, survivors, kept)
 
 
@@ -399,7 +598,12 @@ def _some_rows_of(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_exit_step_op.register_fake
-def _(x, means, scale, threshold, ids, prediction, confidence, exited, log_probs, center, rule, exit):  # type: ignore[no-untyped-def]
+def _(x, means, scale, threshold, ids, prediction, confidence, exited, log_probs, center, statistics, rule, exit):  # type: ignore[no-untyped-def]
+    return _some_rows_of(x)
+
+
+@_linear_step_op.register_fake
+def _(x, weight, bias, threshold, ids, prediction, confidence, exited, log_probs, statistics, rule, exit):  # type: ignore[no-untyped-def]
     return _some_rows_of(x)
 
 

@@ -6,10 +6,55 @@ x [B, ...], means [K, ...], scale [K], ids [B]; `center` changes no result here,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .decisions import Decisions
+from .statistics import Statistics
+
+
+def statistics(x: Tensor, wanted: Statistics) -> Tensor:
+    """[B, size]: per channel the mean, the root mean square and the maximum of each cell of their grids; and for
+    offsets o the root of the mean product of channels c and c + o, with its sign.
+
+    A cell with a NaN or an infinity in it has NaN for a maximum, which would hide -inf.
+    """
+    x = _at_least_float32(x)
+    maps = x.movedim(-1, 1) if wanted.channels == -1 else x
+    maps = maps.reshape(x.shape[0], *wanted.map_of(x.shape[1:]))
+    return torch.cat(
+        [
+            _cells(maps, wanted.mean, lambda cell: cell.mean(-1)),
+            _cells(maps, wanted.rms, lambda cell: cell.square().mean(-1).sqrt()),
+            _cells(maps, wanted.max, lambda cell: cell.amax(-1).where(cell.isfinite().all(-1), torch.nan)),
+            *(_signed_root((maps * maps.roll(-o, 1)).mean((2, 3))) for o in range(wanted.pairs)),
+        ],
+        dim=1,
+    )
+
+
+def _signed_root(x: Tensor) -> Tensor:
+    return x.abs().sqrt().copysign(x)
+
+
+def _cells(maps: Tensor, grid: tuple[int, int], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """[B, C * rows * columns]: reduce([B, C, numbers of a cell]) of every cell."""
+    (rows, columns), (height, width) = grid, maps.shape[2:]
+    cells = [
+        reduce(
+            maps[
+                :,
+                :,
+                i * height // rows : (i + 1) * height // rows,
+                j * width // columns : (j + 1) * width // columns,
+            ].flatten(2)
+        )
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    return torch.stack(cells, dim=2).flatten(1) if cells else maps.new_empty((maps.shape[0], 0))
 
 
 def class_distances(x: Tensor, means: Tensor, center: Tensor | None = None) -> Tensor:
@@ -50,10 +95,18 @@ def leaves(log_probs: Tensor, threshold: float | Tensor, rule: str = "confidence
 
 
 def class_scores(
-    x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None = None
+    x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None = None, statistics: Statistics | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Confidence [B], prediction [B] and log-probabilities [B, K] of the nearest-class-mean head."""
-    log_probs = log_probabilities(class_distances(x, means), scale)
+    log_probs = log_probabilities(class_distances(_looked_at(x, statistics), means), scale)
+    return *best(log_probs), log_probs
+
+
+def linear_scores(
+    x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a linear head: logits x . weight[k] + bias[k]. A bias of -inf: that class is never predicted."""
+    log_probs = log_softmax(_logits(_looked_at(x, statistics), weight, bias))
     return *best(log_probs), log_probs
 
 
@@ -65,12 +118,30 @@ def exit_step(
     ids: Tensor,
     out: Decisions,
     center: Tensor | None = None,
+    statistics: Statistics | None = None,
     *,
     rule: str = "confidence",
     exit: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Rows that leave write their answer into `out` at their ids; the others come back, with their ids."""
-    return _depart(x, log_probabilities(class_distances(x, means), scale), threshold, ids, out, rule, exit)
+    log_probs = class_scores(x, means, scale, center, statistics)[2]
+    return _depart(x, log_probs, threshold, ids, out, rule, exit)
+
+
+def linear_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    threshold: float | Tensor,
+    ids: Tensor,
+    out: Decisions,
+    statistics: Statistics | None = None,
+    *,
+    rule: str = "confidence",
+    exit: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """exit_step of a linear head."""
+    return _depart(x, linear_scores(x, weight, bias, statistics)[2], threshold, ids, out, rule, exit)
 
 
 def decide(
@@ -93,6 +164,17 @@ def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of x where keep is true, in their old order, and their numbers."""
     index = keep.nonzero().flatten()
     return x[index], index
+
+
+def _looked_at(x: Tensor, wanted: Statistics | None) -> Tensor:
+    return x if wanted is None else statistics(x, wanted)
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """-inf, whatever the features, only where the bias is; a NaN or an infinity among the features spoils the row."""
+    rows, weight = _at_least_float32(x).flatten(1), _at_least_float32(weight).flatten(1)
+    logits = torch.stack([(rows * vector).sum(1) for vector in weight], dim=1) + bias
+    return torch.where(rows.isfinite().all(1, keepdim=True), logits, torch.nan)
 
 
 def _depart(

@@ -11,7 +11,7 @@ from helpers import INF, NAN, assert_same_decisions, clusters, copy_of, generato
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2cm_ext import Decisions, ops
+from e2cm_ext import Decisions, Statistics, ops
 
 ROWS, CLASSES, SHAPE = 6, 4, (2, 3, 5)
 DIM = 30
@@ -27,6 +27,9 @@ def good(flat: bool = False) -> dict:
         "means": means,
         "scale": scale,
         "center": means.mean(0),
+        "weight": means / 16,
+        "bias": torch.arange(CLASSES) / 4,
+        "statistics": None,
         "threshold": 0.5,
         "ids": torch.arange(ROWS),
         "out": sentinels(ROWS + 1, CLASSES),
@@ -39,8 +42,10 @@ def good(flat: bool = False) -> dict:
 
 TAKES = {
     "class_distances": ("x", "means", "center"),
-    "class_scores": ("x", "means", "scale", "center"),
-    "exit_step": ("x", "means", "scale", "threshold", "ids", "out", "center", "rule", "exit"),
+    "class_scores": ("x", "means", "scale", "center", "statistics"),
+    "exit_step": ("x", "means", "scale", "threshold", "ids", "out", "center", "statistics", "rule", "exit"),
+    "linear_scores": ("x", "weight", "bias", "statistics"),
+    "linear_step": ("x", "weight", "bias", "threshold", "ids", "out", "statistics", "rule", "exit"),
     "decide": ("x", "scores", "threshold", "ids", "out", "scale", "rule", "exit"),
     "compact": ("x", "keep"),
 }
@@ -89,6 +94,18 @@ WRONG = [
     ("scale", torch.ones(CLASSES + 1), ValueError, ["`scale` has shape [5]", "wanted [4]"]),
     ("scale", torch.ones(CLASSES, 1), ValueError, ["`scale` has shape [4, 1]", "wanted [4]"]),
     ("scale", torch.tensor(1.0), ValueError, ["`scale` has shape []", "wanted [4]"]),
+    ("weight", None, TypeError, ["`weight` is a NoneType", "wanted a tensor [classes, ...]"]),
+    ("weight", torch.zeros(CLASSES, DIM, dtype=torch.float64), TypeError, ["`weight` is torch.float64", FLOATS]),
+    ("weight", torch.zeros(CLASSES, DIM, device="meta"), ValueError, ["`weight` is on meta", "`x` on cpu"]),
+    ("weight", torch.zeros(0, DIM), ValueError, ["`weight` has shape [0, 30]", "classes >= 1"]),
+    ("weight", torch.zeros(CLASSES, DIM - 1), ValueError, ["`weight` has shape [4, 29]", "30 features in a row"]),
+    ("bias", [1.0] * CLASSES, TypeError, ["`bias` is a list", "wanted a float32 tensor [4]"]),
+    ("bias", torch.ones(CLASSES, dtype=torch.int32), TypeError, ["`bias` is a torch.int32 tensor", "float32"]),
+    ("bias", torch.ones(CLASSES + 1), ValueError, ["`bias` has shape [5]", "wanted [4]"]),
+    ("bias", torch.ones(CLASSES, device="meta"), ValueError, ["`bias` is on meta", "`x` on cpu"]),
+    ("statistics", (1, 1), TypeError, ["`statistics` is a tuple", "wanted e2cm_ext.Statistics"]),
+    ("statistics", "rich", TypeError, ["`statistics` is a str", "wanted e2cm_ext.Statistics"]),
+    ("statistics", Statistics(mean=(9, 1)), ValueError, ["`mean` is (9, 1)", "has a map of 3 x 5"]),
     ("threshold", None, TypeError, ["`threshold` is a NoneType", "wanted a number"]),
     ("threshold", "high", TypeError, ["`threshold` is a str", "wanted a number"]),
     ("threshold", [0.5], TypeError, ["`threshold` is a list", "wanted a number"]),
@@ -162,7 +179,7 @@ WRONG_FEATURES = [
 def cases():
     for op, taken in TAKES.items():
         of_this_op = [case for case in WRONG if case[0] in taken]
-        if "means" in taken:
+        if "means" in taken or "weight" in taken:
             of_this_op += WRONG_FEATURES
         for number, case in enumerate(of_this_op):
             yield pytest.param(op, *case, id=f"{op}-{case[0]}-{number}")
@@ -219,7 +236,7 @@ def test_a_mean_is_wanted_even_for_an_empty_batch():
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("op", ["exit_step", "decide"])
+@pytest.mark.parametrize("op", ["exit_step", "linear_step", "decide"])
 @pytest.mark.parametrize("bad", [-1, 7, 8, 2**31, -(2**63), 2**63 - 1])
 @pytest.mark.parametrize("place", [0, 3, 5])
 @pytest.mark.parametrize("threshold", [-INF, INF])
@@ -232,14 +249,14 @@ def test_ids_out_of_range_are_noticed_before_anything_is_written(op, bad, place,
     assert_same_decisions(arguments["out"], before)
 
 
-@pytest.mark.parametrize("op", ["exit_step", "decide"])
+@pytest.mark.parametrize("op", ["exit_step", "linear_step", "decide"])
 def test_an_out_without_rows(op):
     arguments = good() | {"out": Decisions.empty(0, CLASSES)}
     with pytest.raises(IndexError, match="`ids`"):
         call(op, arguments)
 
 
-@pytest.mark.parametrize("op", ["exit_step", "decide"])
+@pytest.mark.parametrize("op", ["exit_step", "linear_step", "decide"])
 @pytest.mark.parametrize("exit", [2**63, -(2**63) - 1, "first", None, 1.5])
 def test_an_exit_that_is_no_int64(op, exit):
     arguments = good() | {"exit": exit}
@@ -256,7 +273,7 @@ def test_an_unhashable_rule():
 
 @pytest.mark.parametrize("threshold", [1, True, np.float32(0.5), np.array(0.5), torch.tensor(1), torch.tensor([[0.5]])])
 def test_whatever_is_a_number_is_a_threshold(threshold):
-    for op in ("exit_step", "decide"):
+    for op in ("exit_step", "linear_step", "decide"):
         arguments, as_float = good(), good()
         call(op, arguments | {"threshold": threshold})
         call(op, as_float | {"threshold": float(threshold)})
@@ -284,6 +301,7 @@ def test_meta_tensors_have_shapes_and_no_answers():
     a = {name: t.to("meta") if isinstance(t, torch.Tensor) else t for name, t in good().items()}
     scores = call("class_scores", a)
     assert [tuple(t.shape) for t in scores] == [(ROWS,), (ROWS,), (ROWS, CLASSES)]
+    assert [tuple(t.shape) for t in call("linear_scores", a)] == [(ROWS,), (ROWS,), (ROWS, CLASSES)]
     assert call("class_distances", a).device.type == "meta"
     with pytest.raises(NotImplementedError):
         call("compact", a)
@@ -315,7 +333,8 @@ def test_any_mixture_is_answered_or_refused(data):
 
 PREPARE = """
 import faulthandler, torch
-from e2cm_ext import Decisions, ops
+from e2cm_ext import Decisions, Statistics, ops
+look = Statistics(mean=(1, 1))
 x, means, scale = torch.randn(40, 33), torch.randn(5, 33), torch.ones(5)
 ids, out, keep = torch.arange(40), Decisions.empty(40, 5), torch.arange(40) % 2 == 0
 expected = ops.class_scores(x, means, scale)
@@ -323,6 +342,9 @@ def everything():
     got = ops.class_scores(x, means, scale)
     ops.class_distances(x, means)
     ops.exit_step(x, means, scale, 0.3, ids, out)
+    ops.statistics(x, look)
+    ops.linear_scores(x, means, scale)
+    ops.linear_step(x, means, scale, 0.3, ids, out, look)
     ops.decide(x, x[:, :5], 0.3, ids, out)
     ops.compact(x, keep)
     return got

@@ -20,7 +20,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from helpers import clusters, generator
-from e2cm_ext import Decisions, build_info, ops
+from e2cm_ext import Decisions, Statistics, build_info, ops
 
 assert build_info()["isa"] == sys.argv[3]
 answers = []
@@ -31,6 +31,15 @@ for rows, dim, classes in sizes:
         out = Decisions.empty(rows, classes)
         ops.decide(x, torch.randn(rows, classes, generator=generator(1)), float("-inf"), torch.arange(rows), out)
         answers.append([ops.class_distances(x, means), *ops.class_scores(x, means, scale), *out])
+rich = Statistics(mean=(4, 4), rms=(2, 3), max=(2, 2))
+for shape in [(3, 5, 7), (16, 32, 32), (40, 14, 14), (130, 4, 4)]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(6, *shape, generator=generator(2)).to(dtype)
+        for maps in (x, x.contiguous(memory_format=torch.channels_last)):
+            answers.append([ops.statistics(maps, rich)])
+        for classes in (10, 50):
+            weight = torch.randn(classes, rich.size(shape), generator=generator(3)) / rich.size(shape) ** 0.5
+            answers.append([*ops.linear_scores(x, weight, torch.zeros(classes), rich)])
 torch.save(answers, sys.argv[2])
 """
 
@@ -60,7 +69,7 @@ def test_the_best_level_is_taken_if_none_is_asked_for():
 def test_all_ops_at_every_level(isa):
     if isa == e2cm_ext.build_info()["isa"] and not os.environ.get("E2CM_ISA"):
         pytest.skip("the level of this very run")
-    what = ["test_isa.py::test_the_level_in_use", "test_ops.py"]
+    what = ["test_isa.py::test_the_level_in_use", "test_ops.py", "test_statistics.py"]
     result = python(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *what)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 400

@@ -10,6 +10,7 @@ from helpers import (
     NAN,
     assert_same_decisions,
     clusters,
+    generator,
     laid_out,
     same_bits,
     sentinels,
@@ -18,10 +19,14 @@ from helpers import (
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from e2cm_ext import Decisions, ops
+from e2cm_ext import Decisions, Statistics, ops
 
 ROWS, CLASSES, SHAPE = 12, 6, (3, 4, 5)
 ROOM = 15
+LOOK = Statistics(mean=(2, 2), rms=(1, 1), max=(4, 5))
+# A linear head that looks at them.
+WEIGHT = torch.randn(CLASSES, LOOK.size(SHAPE), generator=generator(3)) / 10
+BIAS = torch.arange(CLASSES) / 4
 LAYOUTS = ("contiguous", "channels_last", "channels_last rows apart", "transposed")
 
 
@@ -49,7 +54,20 @@ def test_opcheck_of_distances_and_scores(layout):
     x, means, scale = problem(layout=layout)
     for center in (None, means.mean(0)):
         torch.library.opcheck(operator("class_distances"), (x, means, center))
-        torch.library.opcheck(operator("class_scores"), (x, means, scale, center))
+        torch.library.opcheck(operator("class_scores"), (x, means, scale, center, None))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_statistics_and_what_looks_at_them(layout):
+    x, _, scale = problem(layout=layout)
+    numbers = list(LOOK.numbers)
+    torch.library.opcheck(operator("statistics"), (x, numbers))
+    torch.library.opcheck(operator("linear_scores"), (x, WEIGHT, BIAS, numbers))
+    torch.library.opcheck(operator("class_scores"), (x, WEIGHT, scale, None, numbers))
+    for threshold in (0.75, INF, -INF):
+        rest = (torch.tensor(threshold), torch.arange(ROWS), *sentinels(ROOM, CLASSES))
+        torch.library.opcheck(operator("linear_step"), (x, WEIGHT, BIAS, *rest, numbers, "confidence", 2))
+        torch.library.opcheck(operator("exit_step"), (x, WEIGHT, scale, *rest, None, numbers, "entropy", 2))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -68,7 +86,7 @@ def test_opcheck_of_exit_step(layout, threshold):
     x, means, scale = problem(layout=layout)
     for log_probs, rule in ((CLASSES, "confidence"), (None, "entropy")):
         limit = torch.tensor(threshold if rule == "confidence" else -threshold + 1.5)
-        arguments = (x, means, scale, limit, torch.arange(ROWS), *sentinels(ROOM, log_probs), None, rule, 2)
+        arguments = (x, means, scale, limit, torch.arange(ROWS), *sentinels(ROOM, log_probs), None, None, rule, 2)
         torch.library.opcheck(operator("exit_step"), arguments)
 
 
@@ -84,29 +102,33 @@ def test_opcheck_of_decide(layout, threshold):
 
 def test_opcheck_of_empty_batches():
     x, means, scale = problem(rows=0)
-    torch.library.opcheck(operator("class_scores"), (x, means, scale, None))
+    torch.library.opcheck(operator("class_scores"), (x, means, scale, None, None))
+    torch.library.opcheck(operator("linear_scores"), (x, WEIGHT, BIAS, list(LOOK.numbers)))
     torch.library.opcheck(operator("compact"), (x, torch.zeros(0, dtype=torch.bool)))
 
 
 def test_the_operators_answer_as_the_functions_do():
     x, means, scale = problem()
-    for a, b in zip(operator("class_scores")(x, means, scale, None), ops.class_scores(x, means, scale), strict=True):
+    for a, b in zip(
+        operator("class_scores")(x, means, scale, None, None), ops.class_scores(x, means, scale), strict=True
+    ):
         assert same_bits(a, b)
     one, other, ids = sentinels(ROOM, CLASSES), sentinels(ROOM, CLASSES), shuffled_ids(ROWS, ROOM)
     expected = ops.exit_step(x, means, scale, 0.75, ids, one, exit=4)
-    got = operator("exit_step")(x, means, scale, torch.tensor(0.75), ids, *other, None, "confidence", 4)
+    got = operator("exit_step")(x, means, scale, torch.tensor(0.75), ids, *other, None, None, "confidence", 4)
     assert 0 < len(expected[1]) < ROWS
     assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
     assert_same_decisions(other, one)
 
 
-@pytest.mark.parametrize("op", ["exit_step", "decide"])
+@pytest.mark.parametrize("op", ["exit_step", "linear_step", "decide"])
 def test_an_operator_hands_back_no_input(op):
     """All survive: the function gives x itself, the operator must give a copy."""
     x, means, scale = problem()
     ids, out = torch.arange(ROWS), sentinels(ROOM, CLASSES)
-    head = (x, means, scale) if op == "exit_step" else (x, ops.class_distances(x, means))
-    survivors, kept = operator(op)(*head, torch.tensor(INF), ids, *out, None, "confidence", 0)
+    head = (x, ops.class_distances(x, means)) if op == "decide" else (x, means, scale)
+    rest = (None, None) if op == "exit_step" else (None,)
+    survivors, kept = operator(op)(*head, torch.tensor(INF), ids, *out, *rest, "confidence", 0)
     assert same_bits(survivors, x)
     assert survivors.data_ptr() != x.data_ptr()
     assert kept.data_ptr() != ids.data_ptr()
@@ -145,7 +167,20 @@ def a_compaction(x, means, scale, threshold, ids, out):
     return survivors + 1, ids[index]
 
 
-FUNCTIONS = [distances_twice, scores_in_a_graph, an_exit, two_exits, a_learned_exit, a_compaction]
+def an_exit_that_looks_at_statistics(x, means, scale, threshold, ids, out):
+    x, ids = ops.linear_step(torch.relu(x), WEIGHT, BIAS, threshold - 0.3, ids, out, LOOK, exit=1)
+    return ops.statistics(x * 2, LOOK), ids
+
+
+FUNCTIONS = [
+    an_exit_that_looks_at_statistics,
+    distances_twice,
+    scores_in_a_graph,
+    an_exit,
+    two_exits,
+    a_learned_exit,
+    a_compaction,
+]
 
 
 def assert_same_results(compiled, function, rows, threshold, layout="contiguous", exact=True):
@@ -295,12 +330,18 @@ def test_fake_tensors(layout, dtype):
         ids, out = torch.arange(ROWS), Decisions.empty(ROOM, CLASSES)
         distances = ops.class_distances(x, means)
         scores = ops.class_scores(x, means, scale)
+        statistics = ops.statistics(x, LOOK)
+        weight = torch.empty(CLASSES, LOOK.size(SHAPE))
+        linear = ops.linear_scores(x, weight, scale, LOOK)
         moved = [
             ops.exit_step(x, means, scale, 0.5, ids, out),
+            ops.linear_step(x, weight, scale, 0.5, ids, out, LOOK),
             ops.decide(x, distances, 0.5, ids, out),
             ops.compact(x, ids > 3),
         ]
     assert (distances.shape, distances.dtype) == ((ROWS, CLASSES), torch.float32)
+    assert (statistics.shape, statistics.dtype) == ((ROWS, LOOK.size(SHAPE)), torch.float32)
+    assert [(t.shape, t.dtype) for t in linear] == [(t.shape, t.dtype) for t in scores]
     assert [t.dtype for t in scores] == [torch.float32, torch.int64, torch.float32]
     assert [tuple(t.shape) for t in scores] == [(ROWS,), (ROWS,), (ROWS, CLASSES)]
     for survivors, kept in moved:

@@ -36,11 +36,11 @@ from hypothesis import strategies as st
 from test_checks import DIM, ROWS, SPARSE, TAKES, WRONG, WRONG_FEATURES, call, good
 from torch.overrides import TorchFunctionMode
 
-from e2cm_ext import Decisions, _native, ops
+from e2cm_ext import Decisions, Statistics, _native, ops
 
 HERE = Path(__file__).parent
-OPS = ("exit_step", "decide")
-NATIVE = {"exit_step": "_usual_exit_step", "decide": "_usual_decide"}
+OPS = ("exit_step", "linear_step", "decide")
+NATIVE = {op: f"_usual_{op}" for op in OPS}
 ON = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and not os.environ.get("E2CM_CAREFUL")
 needs_it = pytest.mark.skipif(not ON, reason="torch before 2.10, or told to be careful: there is only one way")
 
@@ -134,6 +134,9 @@ def arguments_for(x, means, scale, classes, center=True, log_probs=True, dtype=t
         "means": means,
         "scale": scale,
         "center": means[0].float() if center else None,  # in their memory order: mean(0) is in the usual one
+        "weight": means / 32,
+        "bias": scale,
+        "statistics": None,
         "threshold": 0.5,
         "ids": shuffled_ids(rows, rows + 3),
         "out": sentinels(rows + 3, classes if log_probs else None),
@@ -172,16 +175,19 @@ def test_some_leave_and_some_stay_above(op):
     assert survivors.is_contiguous(memory_format=torch.channels_last)
 
 
+FLOATING, HEADS = ("x", "means", "scale", "center", "weight", "bias", "scores"), ("means", "weight")
 USUAL = {
-    "a parameter": lambda a: a | {name: torch.nn.Parameter(a[name]) for name in ("x", "means", "scale", "center")},
-    "a gradient": lambda a: a | {name: a[name].clone().requires_grad_() for name in ("x", "means", "scale", "scores")},
-    "a view": lambda a: a | {"means": torch.cat([a["means"]] * 2)[4:], "scores": torch.cat([a["scores"]] * 2)[:6]},
+    "a parameter": lambda a: a | {name: torch.nn.Parameter(a[name]) for name in FLOATING},
+    "a gradient": lambda a: a | {name: a[name].clone().requires_grad_() for name in FLOATING},
+    "a view": lambda a: (
+        a | {"scores": torch.cat([a["scores"]] * 2)[:6]} | {n: torch.cat([a[n]] * 2)[4:] for n in HEADS}
+    ),
     "a tuple": lambda a: a | {"out": tuple(a["out"])},
     "no log_probs": lambda a: a | {"out": a["out"]._replace(log_probs=None)},
     "no center": lambda a: a | {"center": None},
     "no scale": lambda a: a | {"scale": None},
-    "means of another dtype": lambda a: a | {"means": a["means"].half(), "scores": a["scores"].half()},
-    "flat means": lambda a: a | {"means": a["means"].flatten(1), "center": a["center"].flatten()},
+    "means of another dtype": lambda a: a | {name: a[name].half() for name in ("means", "weight", "scores")},
+    "flat means": lambda a: a | {n: a[n].flatten(1) for n in HEADS} | {"center": a["center"].flatten()},
     "scores apart": lambda a: a | {"scores": a["scores"].repeat(1, 2)[:, :4]},
     "one row for all": lambda a: a | {"x": a["x"][:1].expand(ROWS, *a["x"].shape[1:])},
     "a copy on write": lambda a: a | {"x": torch._lazy_clone(a["x"])},
@@ -242,6 +248,76 @@ def test_ids_may_lie_in_out():
         assert torch.equal(shared, torch.arange(ROWS))
 
 
+# ---- statistics ----------------------------------------------------------------------------------
+
+LOOKS = [
+    ((5, 4, 6), Statistics(mean=(2, 3), rms=(1, 1), max=(4, 2))),
+    ((5, 4, 6), Statistics(max=(1, 4), channels=-1)),
+    ((7, 20), Statistics(mean=(3, 1))),
+    ((7, 20), Statistics(rms=(3, 1), channels=-1)),
+    ((20,), Statistics(mean=(1, 1))),
+    ((20,), Statistics(mean=(1, 1), max=(1, 1), channels=-1)),
+]
+
+
+def looking(shape, statistics, layout="contiguous", dtype=torch.float32, classes=4):
+    x, _, _ = clusters(9, shape, 3, dtype)
+    size = statistics.size(shape)
+    means = torch.randn(classes, size, generator=generator(2))
+    return arguments_for(laid_out(x, layout), means, torch.ones(classes), classes) | {"statistics": statistics}
+
+
+@pytest.mark.parametrize("op", ["exit_step", "linear_step"])
+@pytest.mark.parametrize(("shape", "statistics"), LOOKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_are_usual(op, shape, statistics, dtype):
+    for layout in MOVED:
+        a = looking(shape, statistics, layout, dtype)
+        unreadable = statistics.channels == -1 and "channels_last" in layout and len(shape) == 3
+        head = (a["means"], a["scale"], None) if op == "exit_step" else (a["weight"], a["bias"])
+        scores = ops.class_scores if op == "exit_step" else ops.linear_scores
+        confidence = scores(a["x"], *head, statistics).confidence
+        for threshold in (-INF, float(confidence.median()), INF):
+            (_, _), (ids, _), _ = assert_either_way(op, a | {"threshold": threshold}, usual=not unreadable)
+        assert len(ids) == 9
+
+
+@needs_it
+@pytest.mark.parametrize("op", ["exit_step", "linear_step"])
+@pytest.mark.parametrize(("shape", "statistics"), LOOKS)
+def test_heads_that_do_not_fit_their_statistics(op, shape, statistics):
+    a, size = looking(shape, statistics), statistics.size(shape)
+    wrong = [{"means": a["means"][:, :-1], "weight": a["weight"][:, :-1]}, {"statistics": Statistics(mean=(9, 9))}]
+    wrong += [{"x": a["x"][None].expand(9, 1, *a["x"].shape)[:, 0][:, :, None, None, None]}]
+    wrong += [{"means": a["means"].reshape(4, size, 1), "weight": a["weight"].reshape(4, size, 1)}]
+    for change in wrong:
+        error, _, _ = assert_either_way(op, a | change, usual=False)
+        assert issubclass(error, ValueError)
+    for grid in ((30, 1), (1, 30)):  # and nothing else is wrong
+        change = {"statistics": Statistics(mean=grid, channels=statistics.channels), "center": None}
+        change |= dict.fromkeys(("means", "weight"), torch.zeros(4, 30 * shape[statistics.channels]))
+        error, says, _ = assert_either_way(op, a | change, usual=False)
+        assert "wanted a grid of no more" in says
+    error, _, _ = assert_either_way("exit_step", a | {"center": torch.zeros(size + 1)}, usual=False)
+    assert issubclass(error, ValueError)
+    assert_either_way(op, a | {"means": apart(a["means"]), "weight": apart(a["weight"])}, usual=False)
+
+
+@needs_it
+def test_statistics_of_another_kind():
+    class Other(Statistics):
+        pass
+
+    a = looking((5, 4, 6), Other(mean=(1, 1)))
+    for op in ("exit_step", "linear_step"):
+        assert_either_way(op, a, usual=False)
+    a["x"] = a["x"][:0, :0]
+    a["means"], a["weight"], a["center"] = torch.zeros(4, 0), torch.zeros(4, 0), None
+    a["ids"] = a["ids"][:0]
+    for op in ("exit_step", "linear_step"):
+        assert_either_way(op, a | {"statistics": Statistics(mean=(1, 1))}, usual=False)  # no channel
+
+
 # ---- what is not ---------------------------------------------------------------------------------
 
 
@@ -249,7 +325,7 @@ def test_ids_may_lie_in_out():
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("op", OPS)
 def test_wrong_arguments_are_left_to_the_careful_way(op, flat):
-    for argument, bad, error, _ in WRONG + (WRONG_FEATURES if op == "exit_step" else []):
+    for argument, bad, error, _ in WRONG + (WRONG_FEATURES if op != "decide" else []):
         if argument not in TAKES[op]:
             continue
         a = good(flat)
@@ -279,7 +355,7 @@ def each_tensor_of_out(change):
 
 
 def each_tensor(change):
-    inputs = {name: lambda a, name=name: change(a[name]) for name in ("x", "means", "scale", "center", "ids", "scores")}
+    inputs = {name: lambda a, name=name: change(a[name]) for name in (*FLOATING, "ids")}
     return inputs | each_tensor_of_out(change)
 
 
@@ -316,7 +392,7 @@ CHANGES = {
 FINE = {("decide", "scale", "None"), ("exit_step", "center", "None")} | {(op, "out.log_probs", "None") for op in OPS}
 # decide moves samples of these, and of any shape.
 FINE |= {("decide", "x", change) for change in ("apart", "double", "int32", "bool", "one more dimension")}
-FINE.add(("exit_step", "x", "one more dimension"))  # for means in a row
+FINE |= {(op, "x", "one more dimension") for op in ("exit_step", "linear_step")}  # for means in a row
 
 
 @needs_it
@@ -420,8 +496,11 @@ def test_memory_orders_that_do_not_agree():
         },
         "many dimensions": {"x": x.reshape(6, 3, 1, 4, 1, 5), "means": means.flatten(1), "center": None},
     }
-    for change in orders.values():
-        assert_either_way("exit_step", arguments_for(x, means, scale, 4) | change, usual=False)
+    for name, change in orders.items():
+        a = arguments_for(x, means, scale, 4) | change
+        assert_either_way("exit_step", a, usual=False)
+        if name != "center":
+            assert_either_way("linear_step", a | {"weight": a["means"]}, usual=False)
 
 
 @needs_it
@@ -433,7 +512,7 @@ def test_a_lazy_negative_that_looks_dense():
     a = arguments_for(x, torch.tensor([[-1.0], [0.0], [1.0]]), torch.ones(3) / 4, 3, center=False)
     a["scores"] = ops.class_distances(x, a["means"])
     middle = float(ops.class_scores(x, a["means"], a["scale"]).confidence.median())
-    for op in OPS:
+    for op in ("exit_step", "decide"):
         (survivors, _), (ids, _), _ = assert_either_way(op, a | {"threshold": middle}, usual=False)
         assert 0 < len(ids) < 5
         assert same_bits(survivors, -values.imag[torch.isin(a["ids"], ids)])
@@ -452,6 +531,7 @@ def test_any_problem(problem, data):
     a |= {
         "center": center,
         "means": data.draw(forms_of_means(means)),
+        "weight": data.draw(forms_of_means(means)),
         "rule": data.draw(st.sampled_from(["confidence", "entropy"])),
     }
     a |= {"threshold": data.draw(st.sampled_from([-INF, 0.3, 0.6, 1.0, INF])), "exit": data.draw(seeds)}
@@ -518,7 +598,7 @@ def test_torch_function_modes(op):
 def test_a_mode_that_makes_no_tensors(op, answer):
     """Nothing is written where no room was made."""
     with Strange(answer), pytest.raises((RuntimeError, TypeError)):
-        call(op, good() | {"threshold": {"exit_step": 0.7, "decide": 0.4}[op]})  # one and more stay
+        call(op, good() | {"threshold": {"exit_step": 0.7, "linear_step": 0.7, "decide": 0.4}[op]})  # one and more stay
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "functionalize", "jvp"])
@@ -661,7 +741,8 @@ if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     del torch.Tensor.__dlpack_c_exchange_api__
 from e2cm_ext import Decisions, _native, ops
 x, means, scale, ids, out = torch.randn(9, 5), torch.randn(3, 5), torch.ones(3), torch.arange(9), Decisions.empty(9, 3)
-assert _native.usual_exit_step(x, means, scale, 0.5, ids, out, None, "confidence", 0, 1) is None
+assert _native.usual_exit_step(x, means, scale, 0.5, ids, out, None, None, "confidence", 0, 1) is None
+assert _native.usual_linear_step(x, means, scale, 0.5, ids, out, None, "confidence", 0, 1) is None
 assert _native.usual_decide(x, x[:, :3], 0.5, ids, out, None, "confidence", 0, 1) is None
 survivors, kept = ops.exit_step(x, means, scale, 0.5, ids, out)
 assert torch.equal(survivors, x[kept]) and (out.exit >= 0).sum() == 9 - len(kept)
@@ -676,7 +757,7 @@ def test_tables_of_other_versions():
     """One of another major version is passed over, also in the chain; a capsule of another name is none."""
     code = """
 import ctypes, torch
-from e2cm_ext import Decisions, _native
+from e2cm_ext import Decisions, Statistics, _native
 api = ctypes.pythonapi
 api.PyCapsule_GetPointer.restype = ctypes.c_void_p
 api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -692,7 +773,7 @@ class Table(ctypes.Structure):
 def met(capsule):
     class Tensor(torch.Tensor):
         __dlpack_c_exchange_api__ = capsule
-    return _native.meet_torch(Tensor, torch.nn.Parameter, Decisions)
+    return _native.meet_torch(Tensor, torch.nn.Parameter, Decisions, Statistics)
 
 table = Table(2, 0, None, *[1] * 5)
 newer = Table(2, 0, real, *[1] * 5)
@@ -713,7 +794,7 @@ assert not met(None) and not met(3)
 @pytest.mark.slow
 @needs_it
 def test_all_ops_the_careful_way():
-    files = ["test_ops.py", "test_checks.py", "test_threads.py", "test_usual_call.py"]
+    files = ["test_ops.py", "test_statistics.py", "test_checks.py", "test_threads.py", "test_usual_call.py"]
     result = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *files, E2CM_CAREFUL="1")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 400
@@ -721,6 +802,6 @@ def test_all_ops_the_careful_way():
 
 @needs_it
 def test_the_number_of_arguments():
-    for native in (_native.usual_exit_step, _native.usual_decide):
+    for native in (_native.usual_exit_step, _native.usual_linear_step, _native.usual_decide):
         with pytest.raises(TypeError, match=r"takes \d+ arguments, not 3"):
             native(1, 2, 3)

@@ -22,6 +22,7 @@ struct Vec {
   static void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
   static Vec set(float a) { return {_mm256_set1_ps(a)}; }
   static Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
   static Vec select_less(Vec a, Vec b, Vec then, Vec otherwise) {
     return {_mm256_blendv_ps(otherwise.v, then.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
@@ -41,6 +42,13 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
   static Vec load_as(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  template <int first>
+  static Vec join(Vec a, Vec b) {
+    const __m256i middle = _mm256_castps_si256(_mm256_permute2f128_ps(a.v, b.v, 0x21));
+    const __m256i low = first < 4 ? _mm256_castps_si256(a.v) : middle;
+    const __m256i high = first < 4 ? middle : _mm256_castps_si256(b.v);
+    return {_mm256_castsi256_ps(_mm256_alignr_epi8(high, low, first % 4 * 4))};
+  }
   static void transpose(Vec (&a)[lanes]) {
     __m256 b[lanes];
     for (int i = 0; i < lanes; i += 2) {

@@ -22,6 +22,7 @@ struct Vec {
   static void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
   static Vec set(float a) { return {_mm512_set1_ps(a)}; }
   static Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   static Vec select_less(Vec a, Vec b, Vec then, Vec otherwise) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), otherwise.v, then.v)};
@@ -42,6 +43,10 @@ struct Vec {
   }
   static Vec load_as(const f16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  template <int first>
+  static Vec join(Vec a, Vec b) {
+    return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b.v), _mm512_castps_si512(a.v), first))};
   }
   static void transpose(Vec (&a)[lanes]) {
     __m512 b[lanes];

@@ -1,9 +1,13 @@
 // Few classes: distance^2 = sum of (x - m)^2, of features as they arrive. Two operations a pair of numbers, but nothing
 // cancels, nothing is prepared and each feature is read once: at ten classes memory is as slow as the arithmetic.
 //
+// Logits of few classes are products, summed up in the same way.
+//
 // Many classes: distance^2 = |x|^2 - 2 x.m + |m|^2, one operation, with x and m brought near the origin (`center`).
 // Rows go into scratch and means into panels, converted, centred and padded, small enough for the first two cache
 // levels; while a panel is multiplied, the next means and the next features are asked for.
+//
+// Logits of many classes are these products, of rows and weights as they are.
 //
 // Same bits whatever the threads and the batch: which way is taken depends on the number of classes alone, D is cut
 // into splits by D alone, a split's blocks are added in order (double), splits are added in order, and inside a block
@@ -46,7 +50,7 @@ int64_t splits_of(int64_t dim) { return std::max<int64_t>(1, std::min(kMaxSplits
 }  // namespace
 
 // How the work is cut: into splits of D, groups of rows, and parts of the means.
-struct Distances::Plan {
+struct PairSums::Plan {
   int threads;
   int64_t group_rows, groups;
   int64_t part_means, parts;
@@ -70,104 +74,108 @@ struct Distances::Plan {
   }
 };
 
-Distances::Distances(const Rows& x, const ClassMeans& head, int threads)
+PairSums::PairSums(Of what, const Rows& x, const Rows& classes, const float* center, int threads)
     : isa_(kernels()),  // here, where a wrong E2CM_ISA may still throw
       x_(x),
-      head_(head),
-      few_(head.means.rows <= kFewMeans),
+      classes_(classes),
+      center_(center),
+      what_(what),
+      few_(classes.rows <= kFewMeans),
+      norms_(what == Of::distances && !few_),
       splits_(splits_of(x.dim)),
       row_stride_(round_up(x.rows, kLanes)),
-      ld_(few_ ? head.means.rows : round_up(head.means.rows, kLanes)),
-      size_(splits_ * (row_stride_ * ld_ + (few_ ? 0 : row_stride_ + ld_))),
+      ld_(few_ ? classes.rows : round_up(classes.rows, kLanes)),
+      size_(splits_ * (row_stride_ * ld_ + (norms_ ? row_stride_ + ld_ : 0))),
       memory_(size_),
       sums_(memory_.get()),
-      row_norms_(few_ ? nullptr : sums_ + splits_ * row_stride_ * ld_),
-      mean_norms_(few_ ? nullptr : row_norms_ + splits_ * row_stride_) {
-  if (x.rows > 0) compute(Plan(x, head.means.rows, splits_, threads));
+      row_norms_(norms_ ? sums_ + splits_ * row_stride_ * ld_ : nullptr),
+      class_norms_(norms_ ? row_norms_ + splits_ * row_stride_ : nullptr) {
+  if (x.rows > 0) compute(Plan(x, classes.rows, splits_, threads));
 }
 
-int64_t Distances::rows_that_fit(int64_t dim, int64_t means) {
+int64_t PairSums::rows_that_fit(int64_t dim, int64_t classes) {
   const int64_t sums = int64_t{1} << 23;
-  return std::max(kGroupRows, sums / (splits_of(dim) * means) / kGroupRows * kGroupRows);
+  return std::max(kGroupRows, sums / (splits_of(dim) * classes) / kGroupRows * kGroupRows);
 }
 
-void Distances::compute(const Plan& plan) {
+void PairSums::compute(const Plan& plan) {
   Buffer<float> scratch(plan.threads * plan.scratch);
   std::fill_n(memory_.get(), size_, 0.0);
   parallel_for(splits_ * plan.groups * plan.parts, plan.threads, [&](int64_t item, int thread) {
     const int64_t first_row = item / plan.parts % plan.groups * plan.group_rows;
-    const int64_t first_mean = item % plan.parts * plan.part_means;
+    const int64_t first_class = item % plan.parts * plan.part_means;
     const Piece piece{item / plan.parts / plan.groups, first_row, std::min(plan.group_rows, x_.rows - first_row),
-                      first_mean, std::min(plan.part_means, head_.means.rows - first_mean)};
+                      first_class, std::min(plan.part_means, classes_.rows - first_class)};
     float* const own = scratch.get() + thread * plan.scratch;
-    few_ ? add_squares(piece, own) : add_products(piece, own);
+    few_ ? add_directly(piece, own) : add_products(piece, own);
   });
 }
 
 // body(first number, how many) for every block of a split.
 template <class Body>
-void Distances::for_blocks(int64_t split, const Body& body) const {
+void PairSums::for_blocks(int64_t split, const Body& body) const {
   const int64_t blocks = ceil_div(x_.dim, kBlock);
   for (int64_t block = blocks * split / splits_; block < blocks * (split + 1) / splits_; ++block)
     body(block * kBlock, std::min(kBlock, x_.dim - block * kBlock));
 }
 
-void Distances::add_squares(const Piece& piece, float* scratch) {
-  const Rows& means = head_.means;
-  const bool in_place = piece.rows <= kFewRows && means.dtype == DType::f32;
-  double* const squares = sums_ + (piece.split * row_stride_ + piece.first) * ld_;
+void PairSums::add_directly(const Piece& piece, float* scratch) {
+  const bool in_place = piece.rows <= kFewRows && classes_.dtype == DType::f32;
+  double* const sums = sums_ + (piece.split * row_stride_ + piece.first) * ld_;
+  const auto run = what_ == Of::distances ? isa_.add_squares : isa_.add_dots;
   const auto add = [&](int64_t at, int64_t n, const float* m, int64_t stride) {
-    isa_.add_squares(element(x_, piece.first, at), x_.dtype, x_.stride, piece.rows, n, m, stride, means.rows, squares,
-                     ld_);
+    run(element(x_, piece.first, at), x_.dtype, x_.stride, piece.rows, n, m, stride, classes_.rows, sums, ld_);
   };
   for_blocks(piece.split, [&](int64_t at, int64_t n) {
     const int64_t whole = in_place ? n / kPad * kPad : 0, rest = n - whole;
-    if (whole) add(at, whole, static_cast<const float*>(element(means, 0, at)), means.stride);
+    if (whole) add(at, whole, static_cast<const float*>(element(classes_, 0, at)), classes_.stride);
     if (!rest) return;
-    isa_.load_block(element(means, 0, at + whole), means.dtype, means.stride, nullptr, means.rows, rest, scratch,
-                    nullptr);
+    isa_.load_block(element(classes_, 0, at + whole), classes_.dtype, classes_.stride, nullptr, classes_.rows, rest,
+                    scratch, nullptr);
     add(at + whole, rest, scratch, kStride);
   });
 }
 
-void Distances::add_products(const Piece& piece, float* scratch) {
-  const Rows& means = head_.means;
-  const int64_t width = isa_.panel, x_size = size_of(x_.dtype), mean_size = size_of(means.dtype);
-  const int64_t end = piece.first_mean + piece.means;
+void PairSums::add_products(const Piece& piece, float* scratch) {
+  const int64_t width = isa_.panel, x_size = size_of(x_.dtype), class_size = size_of(classes_.dtype);
+  const int64_t end = piece.first_class + piece.classes;
   float *const panel = scratch, *const rows = scratch + kBlock * width;
   double* const products = sums_ + (piece.split * row_stride_ + piece.first) * ld_;
-  // Norms are the same for all pieces that share the rows or the means: one of them writes.
-  double* const row_norms = piece.first_mean ? nullptr : row_norms_ + piece.split * row_stride_ + piece.first;
-  double* const mean_norms = piece.first ? nullptr : mean_norms_ + piece.split * ld_;
+  // Norms are the same for all pieces that share the rows or the classes: one of them writes.
+  double* const row_norms =
+      norms_ && !piece.first_class ? row_norms_ + piece.split * row_stride_ + piece.first : nullptr;
+  double* const class_norms = norms_ && !piece.first ? class_norms_ + piece.split * ld_ : nullptr;
 
   for_blocks(piece.split, [&](int64_t at, int64_t n) {
-    const float* const center = head_.center ? head_.center + at : nullptr;
+    const float* const center = center_ ? center_ + at : nullptr;
     const bool last = at + n == x_.dim;
     Ahead rows_ahead{address(x_, piece.first, at + n), last ? 0 : piece.rows, x_.stride * x_size, kBlock * x_size};
     isa_.load_block(element(x_, piece.first, at), x_.dtype, x_.stride, center, piece.rows, n, rows, row_norms);
-    for (int64_t k = piece.first_mean; k < end; k += width) {
+    for (int64_t k = piece.first_class; k < end; k += width) {
       const int64_t count = std::min(width, end - k);
       const bool wraps = k + width >= end;
-      const int64_t next = wraps ? piece.first_mean : k + width;
-      Ahead means_ahead{address(means, next, wraps ? at + n : at), last && wraps ? 0 : std::min(width, end - next),
-                        means.stride * mean_size, kBlock * mean_size};
-      isa_.pack_means(element(means, k, at), means.dtype, means.stride, center, count, n, panel,
-                      mean_norms ? mean_norms + k : nullptr);
-      isa_.add_products(rows, piece.rows, panel, count, n, products + k, ld_, means_ahead, rows_ahead);
+      const int64_t next = wraps ? piece.first_class : k + width;
+      Ahead classes_ahead{address(classes_, next, wraps ? at + n : at), last && wraps ? 0 : std::min(width, end - next),
+                          classes_.stride * class_size, kBlock * class_size};
+      isa_.pack_means(element(classes_, k, at), classes_.dtype, classes_.stride, center, count, n, panel,
+                      class_norms ? class_norms + k : nullptr);
+      isa_.add_products(rows, piece.rows, panel, count, n, products + k, ld_, classes_ahead, rows_ahead);
     }
   });
 }
 
+Distances::Distances(const Rows& x, const ClassMeans& head, int threads)
+    : PairSums(Of::distances, x, head.means, head.center, threads), scale_(head.scale) {}
+
 // For the few pairs that distance_lanes doubts: the direct sum of squares; in double, where float32 cannot hold them.
 float Distances::the_long_way(int64_t row, int64_t mean) const {
-  const Rows& means = head_.means;
-  const void *const x = element(x_, row, 0), *const m = element(means, mean, 0);
+  const void *const x = element(x_, row, 0), *const m = element(classes_, mean, 0);
   if (!few_) {
-    const double square = isa_.squared_distance(x, x_.dtype, m, means.dtype, x_.dim);
+    const double square = isa_.squared_distance(x, x_.dtype, m, classes_.dtype, x_.dim);
     if (square >= kTiny && square <= kHuge) return static_cast<float>(std::sqrt(square));
   }
   return visit(x, x_.dtype, [&](const auto* a) {
-    return visit(m, means.dtype, [&](const auto* b) {
+    return visit(m, classes_.dtype, [&](const auto* b) {
       double total = 0;
       for (int64_t i = 0; i < x_.dim; ++i) {
         const double difference = static_cast<double>(to_float(a[i])) - to_float(b[i]);
@@ -184,16 +192,29 @@ void Distances::lanes(int64_t first, float* out) const {
   if (!few_)
     for (int64_t s = 0; s < splits_; ++s)
       for (int64_t j = 0; j < kLanes; ++j) norms[j] += row_norms_[s * row_stride_ + first + j];
-  for (int64_t k = 0; k < head_.means.rows; ++k) {
+  for (int64_t k = 0; k < classes_.rows; ++k) {
     double mean_norm = 0;
     if (!few_)
-      for (int64_t s = 0; s < splits_; ++s) mean_norm += mean_norms_[s * ld_ + k];
-    const float scale = head_.scale ? head_.scale[k] : 1.f;
+      for (int64_t s = 0; s < splits_; ++s) mean_norm += class_norms_[s * ld_ + k];
+    const float scale = scale_ ? scale_[k] : 1.f;
     float* const distances = out + k * kLanes;
     const uint32_t doubtful = isa_.distance_lanes(sums_ + first * ld_ + k, splits_, row_stride_ * ld_, ld_,
                                                   few_ ? nullptr : norms, mean_norm, scale, distances);
     for (int64_t j = 0; doubtful >> j; ++j)
       if (doubtful >> j & 1 && first + j < x_.rows) distances[j] = the_long_way(first + j, k) / scale;
+  }
+}
+
+Logits::Logits(const Rows& x, const Linear& head, int threads)
+    : PairSums(Of::products, x, head.weight, nullptr, threads), bias_(head.bias) {}
+
+void Logits::lanes(int64_t first, float* out) const {
+  for (int64_t j = 0; j < kLanes; ++j) {
+    for (int64_t k = 0; k < classes_.rows; ++k) {
+      double logit = bias_[k];
+      for (int64_t s = 0; s < splits_; ++s) logit += sums_[(s * row_stride_ + first + j) * ld_ + k];
+      out[k * kLanes + j] = -static_cast<float>(logit);
+    }
   }
 }
 

@@ -16,6 +16,7 @@ namespace e2cm {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kInCache = int64_t{1} << 18;  // statistics that are made before a head looks at them
 
 bool usable(float scale) { return scale > 0 && scale < kInfinity; }
 
@@ -92,32 +93,88 @@ void depart(int64_t rows, int64_t begin, const Departure& departure, const Answe
   });
 }
 
+const Rows& vectors_of(const ClassMeans& head) { return head.means; }
+const Rows& vectors_of(const Linear& head) { return head.weight; }
+
+Distances compare(const Rows& x, const ClassMeans& head, int threads) { return {x, head, threads}; }
+Logits compare(const Rows& x, const Linear& head, int threads) { return {x, head, threads}; }
+
 // Distances over scales, with the classes that have no mean made impossible.
-auto penalties_of(const Distances& distances, const float* scale, int64_t classes) {
-  return [&distances, scale, classes](int64_t first, float* out) {
+auto penalties_of(const Distances& distances, const ClassMeans& head) {
+  return [&distances, scale = head.scale, classes = head.means.rows](int64_t first, float* out) {
     distances.lanes(first, out);
     for (int64_t k = 0; k < classes; ++k)
       if (!usable(scale[k])) std::fill_n(out + k * kLanes, kLanes, kInfinity);
   };
 }
 
-// Distances need room for every pair, several times over for a large D: so many rows at a time that it stays small.
+auto penalties_of(const Logits& logits, const Linear&) {
+  return [&logits](int64_t first, float* out) { logits.lanes(first, out); };
+}
+
+// body(first row, rows): what a head looks at. Statistics are made for as many samples as stay in cache.
 template <class Body>
-void for_chunks(const Rows& x, const ClassMeans& head, int threads, const Body& body) {
-  const int64_t most = Distances::rows_that_fit(x.dim, head.means.rows);
-  for (int64_t first = 0; first < x.rows; first += most) {
-    const Rows chunk{static_cast<const char*>(x.data) + first * x.stride * size_of(x.dtype), x.dtype,
-                     std::min(most, x.rows - first), x.dim, x.stride};
-    const Distances distances(chunk, head, threads);
-    body(first, chunk.rows, distances);
+void for_features(const Rows& x, int, const Body& body) {
+  body(0, x);
+}
+
+template <class Body>
+void for_features(const Pooled& x, int threads, const Body& body) {
+  const int64_t size = x.wanted.size(x.maps.channels);
+  const int64_t most = std::max(kLanes, kInCache / std::max<int64_t>(1, size) / kLanes * kLanes);
+  Buffer<float> features(std::min(most, x.maps.rows) * size);
+  for (int64_t first = 0; first < x.maps.rows; first += most) {
+    Maps maps = x.maps;
+    maps.data = static_cast<const char*>(x.maps.data) + first * x.maps.stride * size_of(x.maps.dtype);
+    maps.rows = std::min(most, x.maps.rows - first);
+    statistics(maps, x.wanted, features.get(), threads);
+    body(first, Rows{features.get(), DType::f32, maps.rows, size, size});
   }
+}
+
+// body(first row, number of rows, sums). Sums need room for every pair, several times over for a large D: so many rows
+// at a time that it stays small.
+template <class Features, class Head, class Body>
+void for_chunks(const Features& features, const Head& head, int threads, const Body& body) {
+  for_features(features, threads, [&](int64_t begin, const Rows& x) {
+    const int64_t most = PairSums::rows_that_fit(x.dim, vectors_of(head).rows);
+    for (int64_t first = 0; first < x.rows; first += most) {
+      const Rows chunk{static_cast<const char*>(x.data) + first * x.stride * size_of(x.dtype), x.dtype,
+                       std::min(most, x.rows - first), x.dim, x.stride};
+      body(begin + first, chunk.rows, compare(chunk, head, threads));
+    }
+  });
+}
+
+template <class Features, class Head>
+void scores_of(const Features& x, const Head& head, const Answers& out, int threads) {
+  for_chunks(x, head, threads, [&](int64_t begin, int64_t rows, const auto& sums) {
+    for_lanes(rows, out.classes, threads, penalties_of(sums, head),
+              [&](int64_t first, int64_t count, const float* penalties) {
+                const LaneAnswers answers(penalties, out.classes);
+                int64_t target[kLanes];
+                for (int j = 0; j < kLanes; ++j) target[j] = j < count ? begin + first + j : -1;
+                answers.write(penalties, target, 0, out);
+              });
+  });
+}
+
+template <class Features, class Head>
+int64_t step(const Features& x, int64_t rows, const Head& head, const Departure& departure, const Answers& out,
+             int64_t* keep, int threads) {
+  check_ids(departure.ids, rows, out.rows);
+  Buffer<uint8_t> stays(rows);
+  for_chunks(x, head, threads, [&](int64_t begin, int64_t count, const auto& sums) {
+    depart(count, begin, departure, out, stays.get(), threads, penalties_of(sums, head));
+  });
+  return kept_rows(stays.get(), rows, keep);
 }
 
 }  // namespace
 
 void class_distances(const Rows& x, const ClassMeans& head, float* out, int threads) {
   const int64_t classes = head.means.rows;
-  for_chunks(x, {head.means, head.center, nullptr}, threads,
+  for_chunks(x, ClassMeans{head.means, head.center, nullptr}, threads,
              [&](int64_t begin, int64_t rows, const Distances& distances) {
                const auto fill = [&](int64_t first, float* z) { distances.lanes(first, z); };
                for_lanes(rows, classes, threads, fill, [&](int64_t first, int64_t count, const float* z) {
@@ -128,25 +185,39 @@ void class_distances(const Rows& x, const ClassMeans& head, float* out, int thre
 }
 
 void class_scores(const Rows& x, const ClassMeans& head, const Answers& out, int threads) {
-  for_chunks(x, head, threads, [&](int64_t begin, int64_t rows, const Distances& distances) {
-    for_lanes(rows, out.classes, threads, penalties_of(distances, head.scale, out.classes),
-              [&](int64_t first, int64_t count, const float* penalties) {
-                const LaneAnswers answers(penalties, out.classes);
-                int64_t target[kLanes];
-                for (int j = 0; j < kLanes; ++j) target[j] = j < count ? begin + first + j : -1;
-                answers.write(penalties, target, 0, out);
-              });
-  });
+  scores_of(x, head, out, threads);
+}
+
+void class_scores(const Pooled& x, const ClassMeans& head, const Answers& out, int threads) {
+  scores_of(x, head, out, threads);
+}
+
+void linear_scores(const Rows& x, const Linear& head, const Answers& out, int threads) {
+  scores_of(x, head, out, threads);
+}
+
+void linear_scores(const Pooled& x, const Linear& head, const Answers& out, int threads) {
+  scores_of(x, head, out, threads);
 }
 
 int64_t exit_step(const Rows& x, const ClassMeans& head, const Departure& departure, const Answers& out, int64_t* keep,
                   int threads) {
-  check_ids(departure.ids, x.rows, out.rows);
-  Buffer<uint8_t> stays(x.rows);
-  for_chunks(x, head, threads, [&](int64_t begin, int64_t rows, const Distances& distances) {
-    depart(rows, begin, departure, out, stays.get(), threads, penalties_of(distances, head.scale, out.classes));
-  });
-  return kept_rows(stays.get(), x.rows, keep);
+  return step(x, x.rows, head, departure, out, keep, threads);
+}
+
+int64_t exit_step(const Pooled& x, const ClassMeans& head, const Departure& departure, const Answers& out,
+                  int64_t* keep, int threads) {
+  return step(x, x.maps.rows, head, departure, out, keep, threads);
+}
+
+int64_t linear_step(const Rows& x, const Linear& head, const Departure& departure, const Answers& out, int64_t* keep,
+                    int threads) {
+  return step(x, x.rows, head, departure, out, keep, threads);
+}
+
+int64_t linear_step(const Pooled& x, const Linear& head, const Departure& departure, const Answers& out, int64_t* keep,
+                    int threads) {
+  return step(x, x.maps.rows, head, departure, out, keep, threads);
 }
 
 int64_t decide(const Rows& scores, const float* scale, const Departure& departure, const Answers& out, int64_t* keep,

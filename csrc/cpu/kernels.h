@@ -19,6 +19,10 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kPad = 16;
 // A product of a row and a mean is summed up in chains of this many additions, one after the other.
 constexpr int64_t kChain = 64;
+// Numbers of a map that are worked on at a time: sums over their pixels are float32, sums of these sums double.
+constexpr int64_t kPiece = 4096;
+// Pairs of channels are found by shifting both of them, one by less than this, the other by multiples of it.
+constexpr int kPairShifts = 4;
 // Sums of squares outside of this range may have met squares that float32 cannot hold.
 constexpr double kTiny = 1e-25, kHuge = 1e38;
 
@@ -36,6 +40,23 @@ struct Ahead {
   }
 };
 
+// Some channels (kLanes, twice or four times as many) of a row of cells: those of pixel (r, i) are side by side at
+// x + r * row_stride + i * pixel_stride. Cell j goes from column cuts[j] to cuts[j + 1].
+struct Strip {
+  const void* x;
+  DType dtype;
+  int64_t channels;
+  int64_t pixel_stride, row_stride;
+  int64_t rows, cells;
+  const int64_t* cuts;
+};
+
+// Where a cell's sums are gathered, a number per channel; null: nobody wants to know.
+struct CellSums {
+  double *sum, *squares;
+  float* most;
+};
+
 struct Kernels {
   const char* name;
   int64_t panel;  // means that are packed side by side, at most
@@ -49,6 +70,10 @@ struct Kernels {
   // zeros stand behind n up to a multiple of kPad.
   void (*add_squares)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const float* means,
                       int64_t mean_stride, int64_t mean_count, double* squares, int64_t ld);
+
+  // sums[r * ld + k] += x_r . mean_k: the same, of products.
+  void (*add_dots)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const float* means,
+                   int64_t mean_stride, int64_t mean_count, double* sums, int64_t ld);
 
   // At most `panel` means, less the center, turned so that number i of all of them stands side by side, in vectors
   // filled up with zeros. norms[k] += |mean|^2, if norms is not null.
@@ -74,6 +99,29 @@ struct Kernels {
   // best penalty and its class (the lowest of equals), sum e and sum e * (best - z) with e = exp(best - z); a lane that
   // is spoiled or has no finite best gets NaN, and class 0.
   void (*softmax_lanes)(const float* z, int64_t classes, float* best, int64_t* prediction, float* sum, float* weighted);
+
+  // Adds the pixels of each cell to sums[cell]: their sum, the sum of their squares and their maximum, NaN if there is
+  // a NaN or an infinity among them. No strip has more than kPiece numbers.
+  void (*add_cells)(const Strip& strip, const CellSums* sums);
+
+  // to[i * to_stride + c] = source[i * stride + c] for the `channels` of some pixels, and once more, behind them, for
+  // the first `again` ones, over and over if there are less. Writes whole vectors. `to` may be `source`.
+  void (*repeat)(const void* source, DType dtype, int64_t stride, int64_t pixels, int64_t channels, int64_t again,
+                 float* to, int64_t to_stride);
+
+  // sums[o * channels + c] += x[c + s] * x[c + s + o], with s = kPairShifts - 1 - o % kPairShifts, over the pixels of a
+  // piece, `stride` numbers apart; channels a multiple of kLanes. What follows the last of them is x[behind],
+  // x[behind + 1], ...: `behind` 0 makes a ring of them. Meanwhile asks for as many numbers at `ahead`: those that will
+  // be needed next, or x once more.
+  void (*add_pairs)(const void* x, const void* ahead, DType dtype, int64_t stride, int64_t pixels, int64_t channels,
+                    int64_t behind, int64_t offsets, double* sums);
+
+  // out[i * channels + j] = sums[i * channels + j] * shares[i], or its root, with its sign; channels as in a strip.
+  void (*average)(const double* sums, const double* shares, int64_t cells, int64_t channels, bool root, float* out);
+
+  // target[j * target_stride + i] = source[i * stride + j] for i < rows, j < columns.
+  void (*turn)(const void* source, DType dtype, int64_t stride, int64_t rows, int64_t columns, float* target,
+               int64_t target_stride);
 };
 
 const Kernels& kernels();  // the table in use, chosen once

@@ -1,6 +1,7 @@
 // The kernels, written once over a vector type. The including unit defines, in an anonymous namespace:
 //
 //   struct Vec { static constexpr int lanes; ... }   zero, set, load, load_once, load_as<Source>, store; add, sub, mul;
+//                                                    max(a, b), anything if one is NaN;
 //                                                    fma(a, b, c) = a * b + c; select_less(a, b, then, otherwise);
 //                                                    select_nan(a, then, otherwise); sum4(a, b, c, d, float[4]);
 //                                                    add_exponent(a, n) = a * 2^(n, held in the low bits);
@@ -13,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__GNUC__) || defined(__clang__)
 #define E2CM_PREFETCH(address) __builtin_prefetch(address, 0, 2)
@@ -58,12 +60,17 @@ struct Tail {
   }
 };
 
-// ---- few means: the sum of (x - m)^2 itself, of features as they arrive ---------------------------------------------
+// ---- few means: the sum of (x - m)^2 or x * m itself, of features as they arrive ------------------------------------
+
+inline Vec add_square(Vec x, Vec m, Vec sum) {
+  const Vec difference = Vec::sub(x, m);
+  return Vec::fma(difference, difference, sum);
+}
 
 // R rows x C means, all sums in registers; n a multiple of kPad. `next`: the rows that follow, asked for in time.
-template <int R, int C, class Source>
-void square(const Source* x, int64_t stride, const Source* next, int64_t n, const float* means, int64_t mean_stride,
-            double* squares, int64_t ld) {
+template <bool squares, int R, int C, class Source>
+void compare(const Source* x, int64_t stride, const Source* next, int64_t n, const float* means, int64_t mean_stride,
+             double* to, int64_t ld) {
   Vec sums[C][R];
   E2CM_UNROLL for (int c = 0; c < C; ++c) { E2CM_UNROLL for (int r = 0; r < R; ++r) sums[c][r] = Vec::zero(); }
   for (int64_t i = 0; i < n; i += Vec::lanes) {
@@ -75,29 +82,28 @@ void square(const Source* x, int64_t stride, const Source* next, int64_t n, cons
     E2CM_UNROLL for (int c = 0; c < C; ++c) {
       const Vec m = Vec::load_once(means + c * mean_stride + i);
       E2CM_UNROLL for (int r = 0; r < R; ++r) {
-        const Vec difference = Vec::sub(a[r], m);
-        sums[c][r] = Vec::fma(difference, difference, sums[c][r]);
+        sums[c][r] = squares ? add_square(a[r], m, sums[c][r]) : Vec::fma(a[r], m, sums[c][r]);
       }
     }
   }
-  add_lanes<R, C>(sums, squares, ld);
+  add_lanes<R, C>(sums, to, ld);
 }
 
 template <class Source>
-using Squarer = void (*)(const Source*, int64_t, const Source*, int64_t, const float*, int64_t, double*, int64_t);
+using Comparer = void (*)(const Source*, int64_t, const Source*, int64_t, const float*, int64_t, double*, int64_t);
 
-template <class Source, int R, int C = 1>
-Squarer<Source> squarer_of(int64_t means) {
+template <bool squares, class Source, int R, int C = 1>
+Comparer<Source> comparer_of(int64_t means) {
   if constexpr (C == kSquareMeans) {
-    return square<R, C, Source>;
+    return compare<squares, R, C, Source>;
   } else {
-    return means == C ? square<R, C, Source> : squarer_of<Source, R, C + 1>(means);
+    return means == C ? compare<squares, R, C, Source> : comparer_of<squares, Source, R, C + 1>(means);
   }
 }
 
-template <class Source>
-void add_squares_as(const Source* x, int64_t stride, int64_t row_count, int64_t n, const float* means,
-                    int64_t mean_stride, int64_t mean_count, double* squares, int64_t ld) {
+template <bool squares, class Source>
+void compare_all(const Source* x, int64_t stride, int64_t row_count, int64_t n, const float* means, int64_t mean_stride,
+                 int64_t mean_count, double* sums, int64_t ld) {
   static_assert(kSquareRows == 2, "one line per height");
   const int64_t whole = n / kPad * kPad, tail = n - whole;
   const int64_t strips = (mean_count + kSquareMeans - 1) / kSquareMeans;
@@ -108,9 +114,10 @@ void add_squares_as(const Source* x, int64_t stride, int64_t row_count, int64_t 
     const Tail<Source, kSquareRows> rest(from + whole, stride, tail ? count : 0, tail);
     for (int64_t s = 0; s < strips; ++s) {  // as equal as can be: 10 means are 5 + 5, not 6 + 4
       const int64_t begin = mean_count * s / strips, width = mean_count * (s + 1) / strips - begin;
-      const Squarer<Source> run = count == 2 ? squarer_of<Source, 2>(width) : squarer_of<Source, 1>(width);
+      const Comparer<Source> run =
+          count == 2 ? comparer_of<squares, Source, 2>(width) : comparer_of<squares, Source, 1>(width);
       const float* const strip = means + begin * mean_stride;
-      double* const to = squares + r * ld + begin;
+      double* const to = sums + r * ld + begin;
       if (whole) run(from, stride, next, whole, strip, mean_stride, to, ld);
       if (tail) run(rest.rows[0], kPad, rest.rows[0], kPad, strip + whole, mean_stride, to, ld);
     }
@@ -120,7 +127,14 @@ void add_squares_as(const Source* x, int64_t stride, int64_t row_count, int64_t 
 void add_squares(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const float* means,
                  int64_t mean_stride, int64_t mean_count, double* squares, int64_t ld) {
   visit(x, dtype, [&](const auto* typed) {
-    add_squares_as(typed, stride, row_count, n, means, mean_stride, mean_count, squares, ld);
+    compare_all<true>(typed, stride, row_count, n, means, mean_stride, mean_count, squares, ld);
+  });
+}
+
+void add_dots(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const float* means,
+              int64_t mean_stride, int64_t mean_count, double* sums, int64_t ld) {
+  visit(x, dtype, [&](const auto* typed) {
+    compare_all<false>(typed, stride, row_count, n, means, mean_stride, mean_count, sums, ld);
   });
 }
 
@@ -372,9 +386,283 @@ void softmax_lanes(const float* z, int64_t classes, float* best, int64_t* predic
   }
 }
 
+// ---- statistics of cells, one channel per lane ----------------------------------------------------------------------
+
+// The sums of some vectors of channels over some pixels, in chains: four at least, since one would wait for itself.
+template <int vectors>
+struct Chains {
+  static constexpr int count = 4 / vectors;
+  Vec sum[count][vectors], squares[count][vectors], most[count][vectors];
+
+  Chains() {
+    E2CM_UNROLL for (int c = 0; c < count; ++c) {
+      E2CM_UNROLL for (int v = 0; v < vectors; ++v) {
+        sum[c][v] = squares[c][v] = Vec::zero();
+        most[c][v] = Vec::set(-std::numeric_limits<float>::infinity());
+      }
+    }
+  }
+
+  template <class Source>
+  void add(int c, const Source* pixel) {
+    E2CM_UNROLL for (int v = 0; v < vectors; ++v) {
+      const Vec x = Vec::load_as(pixel + v * Vec::lanes);
+      sum[c][v] = Vec::add(sum[c][v], x);
+      squares[c][v] = Vec::fma(x, x, squares[c][v]);
+      most[c][v] = Vec::max(most[c][v], x);
+    }
+  }
+
+  void fold() {  // into chain 0
+    E2CM_UNROLL for (int c = count / 2; c > 0; c /= 2) {
+      E2CM_UNROLL for (int i = 0; i < c; ++i) {
+        E2CM_UNROLL for (int v = 0; v < vectors; ++v) {
+          sum[i][v] = Vec::add(sum[i][v], sum[i + c][v]);
+          squares[i][v] = Vec::add(squares[i][v], squares[i + c][v]);
+          most[i][v] = Vec::max(most[i][v], most[i + c][v]);
+        }
+      }
+    }
+  }
+
+  static void add_doubles(const Vec (&from)[vectors], double* to) {
+    alignas(64) float parts[vectors * Vec::lanes];
+    E2CM_UNROLL for (int v = 0; v < vectors; ++v) Vec::store(parts + v * Vec::lanes, from[v]);
+    E2CM_SIMD for (int j = 0; j < vectors * Vec::lanes; ++j) to[j] += static_cast<double>(parts[j]);
+  }
+
+  void write(const CellSums& to) {
+    fold();
+    if (to.sum) add_doubles(sum[0], to.sum);
+    if (to.squares) add_doubles(squares[0], to.squares);
+    if (!to.most) return;
+    E2CM_UNROLL for (int v = 0; v < vectors; ++v) {
+      const Vec before = Vec::load(to.most + v * Vec::lanes), spoiled = Vec::sub(sum[0][v], sum[0][v]);  // 0 or NaN
+      const Vec now = Vec::select_nan(before, before, Vec::max(before, most[0][v]));
+      Vec::store(to.most + v * Vec::lanes, Vec::select_nan(spoiled, spoiled, now));
+    }
+  }
+};
+
+template <int vectors, class Source>
+void add_cell(const Source* x, const Strip& strip, int64_t columns, const CellSums& to) {
+  constexpr int count = Chains<vectors>::count;
+  Chains<vectors> chains;
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    const Source* const row = x + r * strip.row_stride;
+    int64_t i = 0;
+    for (; i + count <= columns; i += count) {
+      E2CM_UNROLL for (int c = 0; c < count; ++c) chains.add(c, row + (i + c) * strip.pixel_stride);
+    }
+    E2CM_UNROLL for (int c = 0; c < count - 1; ++c) {
+      if (i + c < columns) chains.add(c, row + (i + c) * strip.pixel_stride);
+    }
+  }
+  chains.write(to);
+}
+
+template <int vectors, class Source>
+void add_cells_as(const Source* x, const Strip& strip, const CellSums* sums) {
+  for (int64_t c = 0; c < strip.channels; c += vectors * Vec::lanes) {
+    for (int64_t j = 0; j < strip.cells; ++j) {
+      const CellSums to{sums[j].sum ? sums[j].sum + c : nullptr, sums[j].squares ? sums[j].squares + c : nullptr,
+                        sums[j].most ? sums[j].most + c : nullptr};
+      const int64_t begin = strip.cuts[j], end = strip.cuts[j + 1];
+      add_cell<vectors>(x + begin * strip.pixel_stride + c, strip, end - begin, to);
+    }
+  }
+}
+
+void add_cells(const Strip& strip, const CellSums* sums) {
+  visit(strip.x, strip.dtype, [&](const auto* x) {
+    if (strip.channels == Vec::lanes) return add_cells_as<1>(x, strip, sums);
+    if (strip.channels == 2 * Vec::lanes) return add_cells_as<2>(x, strip, sums);
+    add_cells_as<4>(x, strip, sums);
+  });
+}
+
+template <class Source>
+void repeat_as(const Source* source, int64_t stride, int64_t pixels, int64_t channels, int64_t again, float* to,
+               int64_t to_stride) {
+  for (int64_t i = 0; i < pixels; ++i, source += stride, to += to_stride) {
+    if (channels < 2 * Vec::lanes && channels != Vec::lanes) {
+      for (int64_t c = 0; c < channels; ++c) to[c] = to_float(source[c]);
+      for (int64_t c = 0; c < again; ++c) to[channels + c] = to[c];
+      continue;
+    }
+    const int64_t last = channels - Vec::lanes;
+    for (int64_t c = 0; c < last; c += Vec::lanes) Vec::store(to + c, Vec::load_as(source + c));
+    Vec::store(to + last, Vec::load_as(source + last));  // back over its neighbour
+    for (int64_t c = 0; c < again; c += Vec::lanes) Vec::store(to + channels + c, Vec::load(to + c));
+  }
+}
+
+void repeat(const void* source, DType dtype, int64_t stride, int64_t pixels, int64_t channels, int64_t again, float* to,
+            int64_t to_stride) {
+  visit(source, dtype, [&](const auto* x) { repeat_as(x, stride, pixels, channels, again, to, to_stride); });
+}
+
+// ---- products of channels, one channel per lane -----------------------------------------------------------------
+
+constexpr int kPairTile = Vec::lanes > 8 ? Vec::lanes : 8;  // offsets, each with its own chain of sums
+
+// The numbers from number `first` on of vectors that stand side by side.
+template <int first, int N>
+Vec shifted(const Vec (&x)[N]) {
+  constexpr int vector = first / Vec::lanes, lane = first % Vec::lanes;
+  if constexpr (lane == 0) {
+    return x[vector];
+  } else {
+    return Vec::join<lane>(x[vector], x[vector + 1]);
+  }
+}
+
+// Joining registers takes as long as a product: it is done for `x` shifted by 0 to 3, and for `others` by 3, 7, 11 ...,
+// whose differences are all the offsets. See kPairShifts.
+template <int M, int N, int... O>
+void add_shifted(const Vec (&x)[M], const Vec (&others)[N], Vec (&chains)[sizeof...(O)],
+                 std::integer_sequence<int, O...>) {
+  constexpr int last = kPairShifts - 1;
+  ((chains[O] =
+        Vec::fma(shifted<last - O % kPairShifts>(x), shifted<O / kPairShifts * kPairShifts + last>(others), chains[O])),
+   ...);
+}
+
+// O offsets of a vector of channels. x: where it and the next ones are, others: those that they meet; near: x
+// themselves.
+template <class Source, bool near, int O>
+void add_pairs_at(const Source* const* x, const Source* const* others, const Source* ahead, int64_t stride,
+                  int64_t pixels, double* sums, int64_t ld) {
+  constexpr int M = 1 + (kPairShifts - 2 + Vec::lanes) / Vec::lanes;
+  constexpr int N = 1 + ((O - 1) / kPairShifts * kPairShifts + kPairShifts - 2 + Vec::lanes) / Vec::lanes;
+  Vec totals[O];
+  E2CM_UNROLL for (int o = 0; o < O; ++o) totals[o] = Vec::zero();
+  for (int64_t begin = 0; begin < pixels; begin += kChain) {
+    Vec chains[O];
+    E2CM_UNROLL for (int o = 0; o < O; ++o) chains[o] = Vec::zero();
+    for (int64_t p = begin * stride; p < at_most(begin + kChain, pixels) * stride; p += stride) {
+      Vec a[M], b[N];
+      E2CM_UNROLL for (int i = 0; i < M; ++i) a[i] = Vec::load_as(x[i] + p);
+      E2CM_UNROLL for (int i = 0; i < N; ++i) b[i] = near && i < M ? a[i] : Vec::load_as(others[i] + p);
+      E2CM_PREFETCH(ahead + p);
+      add_shifted(a, b, chains, std::make_integer_sequence<int, O>());
+    }
+    E2CM_UNROLL for (int o = 0; o < O; ++o) totals[o] = Vec::add(totals[o], chains[o]);
+  }
+  E2CM_UNROLL for (int o = 0; o < O; ++o) {
+    alignas(64) float parts[Vec::lanes];
+    Vec::store(parts, totals[o]);
+    E2CM_SIMD for (int j = 0; j < Vec::lanes; ++j) sums[o * ld + j] += static_cast<double>(parts[j]);
+  }
+}
+
+template <class Source>
+using PairAdder = void (*)(const Source* const*, const Source* const*, const Source*, int64_t, int64_t, double*,
+                           int64_t);
+
+template <class Source, bool near, int O = 1>
+PairAdder<Source> pair_adder_of(int64_t offsets) {
+  if constexpr (O == kPairTile) {
+    return add_pairs_at<Source, near, O>;
+  } else {
+    return offsets == O ? add_pairs_at<Source, near, O> : pair_adder_of<Source, near, O + 1>(offsets);
+  }
+}
+
+template <class Source>
+void add_pairs_as(const Source* x, const Source* ahead, int64_t stride, int64_t pixels, int64_t channels,
+                  int64_t behind, int64_t offsets, double* sums) {
+  constexpr int count = 1 + (kPairTile + Vec::lanes - 1) / Vec::lanes;
+  const auto find = [&](int64_t c, const Source*(&vectors)[count]) {
+    for (int i = 0; i < count; ++i, c += Vec::lanes) vectors[i] = x + (c < channels ? c : c - channels + behind);
+  };
+  for (int64_t o = 0; o < offsets; o += kPairTile) {
+    const int64_t tile = at_most(kPairTile, offsets - o);
+    const PairAdder<Source> run = o == 0 ? pair_adder_of<Source, true>(tile) : pair_adder_of<Source, false>(tile);
+    for (int64_t c = 0; c < channels; c += Vec::lanes) {
+      const Source *vectors[count], *others[count];
+      find(c, vectors);
+      find(c + o, others);
+      run(vectors, others, ahead + c, stride, pixels, sums + o * channels + c, channels);
+    }
+  }
+}
+
+void add_pairs(const void* x, const void* ahead, DType dtype, int64_t stride, int64_t pixels, int64_t channels,
+               int64_t behind, int64_t offsets, double* sums) {
+  visit(x, dtype, [&](const auto* typed) {
+    add_pairs_as(typed, static_cast<decltype(typed)>(ahead), stride, pixels, channels, behind, offsets, sums);
+  });
+}
+
+void average(const double* sums, const double* shares, int64_t cells, int64_t channels, bool root, float* out) {
+  for (int64_t i = 0; i < cells; ++i)
+    E2CM_SIMD for (int64_t j = i * channels; j < (i + 1) * channels; ++j) out[j] =
+        static_cast<float>(sums[j] * shares[i]);
+  if (!root) return;
+  E2CM_SIMD for (int64_t j = 0; j < cells * channels; ++j) out[j] = std::copysign(std::sqrt(std::fabs(out[j])), out[j]);
+}
+
+// The first vectors of `rows` rows, turned; zeros behind them.
+template <class Source>
+void load_turned(const Source* source, int64_t stride, int64_t rows, Vec (&square)[Vec::lanes]) {
+  E2CM_UNROLL for (int v = 0; v < Vec::lanes; ++v) {
+    square[v] = v < rows ? Vec::load_as(source + v * stride) : Vec::zero();
+  }
+  Vec::transpose(square);
+}
+
+// Less rows than lanes, their results next to each other: what is too much of one is overwritten by the next.
+template <class Source>
+void turn_few(const Source* source, int64_t stride, int64_t rows, int64_t columns, float* target) {
+  for (int64_t begin = 0; begin < columns; begin += Vec::lanes) {
+    const int64_t j = at_most(begin, columns - Vec::lanes);
+    Vec square[Vec::lanes];
+    load_turned(source + j, stride, rows, square);
+    E2CM_UNROLL for (int v = 0; v < Vec::lanes; ++v) {
+      float* const to = target + (j + v) * rows;
+      if ((columns - j - v) * rows >= Vec::lanes) {
+        Vec::store(to, square[v]);
+      } else {
+        float last[Vec::lanes];
+        Vec::store(last, square[v]);
+        std::memcpy(to, last, rows * sizeof(float));
+      }
+    }
+  }
+}
+
+// Squares of lanes x lanes; the last of a row or column goes back over its neighbour.
+template <class Source>
+void turn_as(const Source* source, int64_t stride, int64_t rows, int64_t columns, float* target,
+             int64_t target_stride) {
+  if (rows < Vec::lanes && columns >= Vec::lanes && target_stride == rows)
+    return turn_few(source, stride, rows, columns, target);
+  if (rows < Vec::lanes || columns < Vec::lanes) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) target[j * target_stride + i] = to_float(source[i * stride + j]);
+    return;
+  }
+  for (int64_t at = 0; at < rows; at += Vec::lanes) {
+    const int64_t i = at_most(at, rows - Vec::lanes);
+    for (int64_t begin = 0; begin < columns; begin += Vec::lanes) {
+      const int64_t j = at_most(begin, columns - Vec::lanes);
+      Vec square[Vec::lanes];
+      load_turned(source + i * stride + j, stride, Vec::lanes, square);
+      E2CM_UNROLL for (int v = 0; v < Vec::lanes; ++v) Vec::store(target + (j + v) * target_stride + i, square[v]);
+    }
+  }
+}
+
+void turn(const void* source, DType dtype, int64_t stride, int64_t rows, int64_t columns, float* target,
+          int64_t target_stride) {
+  visit(source, dtype, [&](const auto* typed) { turn_as(typed, stride, rows, columns, target, target_stride); });
+}
+
 constexpr Kernels table(const char* name) {
-  return {name,         2 * Vec::lanes,   load_block,     add_squares,  pack_means,
-          add_products, squared_distance, distance_lanes, softmax_lanes};
+  return {name,       2 * Vec::lanes, load_block,       add_squares,    add_dots,
+          pack_means, add_products,   squared_distance, distance_lanes, softmax_lanes,
+          add_cells,  repeat,         add_pairs,        average,        turn};
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ struct Vec {
   static void store(float* p, Vec a) { vst1q_f32(p, a.v); }
   static Vec set(float a) { return {vdupq_n_f32(a)}; }
   static Vec add(Vec a, Vec b) { return {vaddq_f32(a.v, b.v)}; }
+  static Vec max(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
   static Vec mul(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
   static Vec select_less(Vec a, Vec b, Vec then, Vec otherwise) {
     return {vbslq_f32(vcltq_f32(a.v, b.v), then.v, otherwise.v)};
@@ -41,6 +42,10 @@ struct Vec {
   }
   static Vec load_as(const f16* p) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
+  }
+  template <int first>
+  static Vec join(Vec a, Vec b) {
+    return {vextq_f32(a.v, b.v, first)};
   }
   static void transpose(Vec (&a)[lanes]) {
     const float32x4x2_t low = vtrnq_f32(a[0].v, a[1].v), high = vtrnq_f32(a[2].v, a[3].v);

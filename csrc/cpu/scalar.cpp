@@ -31,6 +31,10 @@ struct Vec {
     for (int i = 0; i < lanes; ++i) a.v[i] *= b.v[i];
     return a;
   }
+  static Vec max(Vec a, Vec b) {
+    for (int i = 0; i < lanes; ++i) a.v[i] = a.v[i] < b.v[i] ? b.v[i] : a.v[i];
+    return a;
+  }
   static Vec select_less(Vec a, Vec b, Vec then, Vec otherwise) {
     for (int i = 0; i < lanes; ++i) otherwise.v[i] = a.v[i] < b.v[i] ? then.v[i] : otherwise.v[i];
     return otherwise;
@@ -57,6 +61,11 @@ struct Vec {
     return c;
   }
   static float sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+  template <int first>
+  static Vec join(Vec a, Vec b) {
+    for (int i = 0; i < lanes; ++i) a.v[i] = first + i < lanes ? a.v[first + i] : b.v[first + i - lanes];
+    return a;
+  }
   static void transpose(Vec (&a)[lanes]) {
     for (int i = 0; i < lanes; ++i)
       for (int j = 0; j < i; ++j) std::swap(a[i].v[j], a[j].v[i]);

@@ -272,9 +272,9 @@ TEST(empty_batches) {
     const Out out(rows, 10);
     const Departure departure{Rule::confidence, 0.f, 1, nobody.data()};
     class_distances(problem.x.view(), problem.head(), nothing.data(), 4);
-    class_scores({nullptr, DType::f32, 0, 64, 64}, problem.head(), out.view(), 4);
+    class_scores(Rows{nullptr, DType::f32, 0, 64, 64}, problem.head(), out.view(), 4);
     CHECK(exit_step(problem.x.view(), problem.head(), departure, out.view(), nobody.data(), 4) == 0);
-    CHECK(exit_step({nullptr, DType::f16, 0, 64, 64}, problem.head(), {Rule::entropy, 0.f, 1, nullptr}, out.view(),
+    CHECK(exit_step(Rows{nullptr, DType::f16, 0, 64, 64}, problem.head(), {Rule::entropy, 0.f, 1, nullptr}, out.view(),
                     nullptr, 4) == 0);
     CHECK(decide({nullptr, DType::f32, 0, 10, 10}, nullptr, departure, out.view(), nullptr, 4) == 0);
     CHECK(out.untouched());
