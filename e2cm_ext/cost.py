@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
@@ -77,6 +77,29 @@ class Costs:
         """
         spent = accumulate(stage + head for stage, head in zip(self.stages, (*self.heads, 0), strict=True))
         return torch.tensor([total / self.base for total in spent], dtype=torch.float64)
+
+    def numbers(self, exits: Iterable[str | int]) -> list[int]:
+        """Exits that are given by name or number: their numbers, in the order of the network, each once."""
+        if isinstance(exits, str):
+            raise TypeError(f"`exits` is the string {exits!r}; wanted a sequence of names or numbers of exits")
+        found = set()
+        for exit in exits:
+            if exit in self.names:
+                found.add(self.names.index(str(exit)))
+            elif isinstance(exit, int) and not isinstance(exit, bool) and 0 <= exit < len(self.names):
+                found.add(exit)
+            else:
+                raise ValueError(
+                    f"`exits` holds {exit!r}; wanted names or numbers (0 to {len(self.names) - 1}) of exits: "
+                    f"{', '.join(self.names)}"
+                )
+        return sorted(found)
+
+    def at_exits(self, numbers: Sequence[int]) -> Costs:
+        """With these exits only: the stages between them are joined."""
+        bounds = [0, *(j + 1 for j in numbers), len(self.stages)]
+        stages = tuple(sum(self.stages[first:end]) for first, end in pairwise(bounds))
+        return Costs(stages, tuple(self.heads[j] for j in numbers), tuple(self.names[j] for j in numbers))
 
     def __str__(self) -> str:
         rows = [("exit", "stage FLOPs", "head FLOPs", "leaving here")]

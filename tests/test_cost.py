@@ -230,6 +230,18 @@ def test_fractions_by_hand():
     assert COSTS.fractions.tolist() == [0.11, 0.43, 1.03]
 
 
+def test_some_of_the_exits():
+    costs = Costs((1, 2, 4, 8), (10, 20, 30), ("stem", "block", "tail"))
+    assert costs.numbers(["tail", 0, "stem"]) == [0, 2]
+    assert costs.at_exits([0, 2]) == Costs((1, 6, 8), (10, 30), ("stem", "tail"))
+    assert costs.at_exits([]) == Costs((15,), (), ())
+    for strange in ("nowhere", 3, -1, True, 0.5):
+        with pytest.raises(ValueError, match=r"`exits` holds .*; wanted names or numbers \(0 to 2\) of exits: stem"):
+            costs.numbers([0, strange])
+    with pytest.raises(TypeError, match="`exits` is the string 'stem'"):
+        costs.numbers("stem")
+
+
 def test_table():
     assert str(COSTS).splitlines() == [
         "exit   stage FLOPs  head FLOPs  leaving here",

@@ -21,7 +21,7 @@ from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 from torch import nn
 
-from e2cm_ext import Decisions, heads, ops
+from e2cm_ext import Decisions, means, ops
 from e2cm_ext.heads import ClassMeans, Head, PooledMeans, build, from_config, total
 from e2cm_ext.rules import Rule, rule
 
@@ -136,8 +136,8 @@ def test_batches_larger_than_what_is_summed_at_a_time(monkeypatch, passes):
     x, labels = problem(shape=(10,))
     expected = by_numpy(x, labels, 6)
     for few in (1, 7, 64):
-        monkeypatch.setattr(heads, "_WIDENED", 10 * few + 5)
-        monkeypatch.setattr(heads, "_ROWS", few)
+        monkeypatch.setattr(means, "_WIDENED", 10 * few + 5)
+        monkeypatch.setattr(means, "_ROWS", few)
         head = fit(ClassMeans(6, (10,), passes=passes), (x, labels))
         assert_close(head.means, expected[0])
         assert_close(head.scale, expected[3 - passes])
@@ -461,9 +461,9 @@ def test_means_follow_the_order_of_the_features(last):
     assert head.config()["channels_last"] is last
     # Both as they are in memory: neither is copied before the comparison.
     assert ops.checks.features("x", x).channels_last == last
-    batch = ops.checks.features("x", x)
-    assert ops.checks.class_means(batch, head.means)[0].data_ptr() == head.means.data_ptr()
-    assert ops.checks.center(batch, head.center).data_ptr() == head.center.data_ptr()
+    look = ops.checks.looks("statistics", x, None)
+    assert ops.checks.class_vectors("means", look, head.means)[0].data_ptr() == head.means.data_ptr()
+    assert ops.checks.center(look, head.center).data_ptr() == head.center.data_ptr()
 
 
 def test_to_memory_format_converts_means_as_it_does_weights():
@@ -613,8 +613,8 @@ def test_features_with_gradients_are_taken_without_them():
 
 
 def pooled_by_numpy(x, cells):
-    """Cell i of n goes from floor(i size / n) to ceil((i + 1) size / n)."""
-    edges = [[(i * s // n, -(-(i + 1) * s // n)) for i in range(n)] for s, n in zip(x.shape[2:], cells, strict=True)]
+    """Cell i of n goes from floor(i size / n) to floor((i + 1) size / n)."""
+    edges = [[(i * s // n, (i + 1) * s // n) for i in range(n)] for s, n in zip(x.shape[2:], cells, strict=True)]
     x = x.double().numpy()
     averages = [[x[:, :, a:b, c:d].mean((2, 3)) for c, d in edges[1]] for a, b in edges[0]]
     return torch.from_numpy(np.stack([np.stack(row, -1) for row in averages], -2)).flatten(1)
@@ -775,8 +775,7 @@ def test_flops():
     assert PooledMeans(10, (8, 8, 64), grid=2, channels=-1).flops() == 64 * 64 + 10 * (3 * 256 - 1)
     assert PooledMeans(10, (197, 192)).flops() == 197 * 192 + 10 * (3 * 192 - 1)
     assert PooledMeans(10, (5, 1, 1), grid=2).flops() == 5 + 10 * (3 * 5 - 1)
-    # Rows 0-3, 2-4, 4-6 of 7: 3 + 3 + 3 of them.
-    assert PooledMeans(10, (5, 7, 3), grid=3).flops() == 5 * 9 * 3 + 10 * (3 * 45 - 1)
+    assert PooledMeans(10, (5, 7, 3), grid=3).flops() == 5 * 7 * 3 + 10 * (3 * 45 - 1)  # cells do not overlap
     assert LinearHead(6, (3, 4, 5)).flops() == 2 * 60 * 6  # what the counter sees
 
 
