@@ -22,31 +22,32 @@ two of these are reached by time sharing. What the paper leaves open is ours:
 method="coordinate" is ours as a whole. It goes on from there by coordinate ascent: for 101 prices of FLOPs, from
 nothing to everything, it takes the vector found so far that is best at this price, and gives one exit after the other
 the threshold that is best as the others are, until none moves. That yields more accuracy for the same FLOPs, and fits
-the record closer: give it some thousand samples, and believe what another record says (Curve.on).
+the record closer: give it some thousand samples, and believe what another record says (Curve.on). With fewer than 30
+samples per exit it loses on others what it gains on these: method="auto" then takes the paper's search.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from . import _native
+from . import pictures
 from .record import Record
+from .search import Points, Search, always_there, best_at, hull, joined, progress_bar, unbeaten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Curve", "OperatingPoint", "Points", "curve"]
+__all__ = ["Curve", "Method", "OperatingPoint", "curve"]
 
-_SECONDS = 0.2  # that a native call should take: between two of them Ctrl-C is heard and the progress bar moves
+Method = Literal["auto", "paper", "coordinate"]
+
 _PRICES = 100
+_ENOUGH = 30  # samples per exit, for coordinate ascent
 _ROUNDING = 1e-12  # of a difference between two accuracies
 
 
@@ -69,20 +70,6 @@ class OperatingPoint:
         if self.other is None:
             return text
         return f"{text}: {self.share:.1%} of the samples by one threshold vector, the others by ({self.other})"
-
-
-class Points(NamedTuple):
-    """P threshold vectors."""
-
-    flops: Tensor  # [P] float64
-    accuracy: Tensor  # [P] float64
-    thresholds: Tensor  # [P, M] float32
-
-    def pick(self, which: Tensor | Sequence[int] | slice) -> Points:
-        return Points(*(column[which] for column in self))
-
-    def point(self, i: int) -> OperatingPoint:
-        return OperatingPoint(float(self.flops[i]), float(self.accuracy[i]), self.thresholds[i].clone())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,9 +97,9 @@ class Curve:
         budget = self._budget(flops)
         last = len(self.flops) - 1
         if budget >= self.flops[last]:
-            return self._corners.point(last)
+            return _point(self._corners, last)
         right = int(torch.searchsorted(self.flops.contiguous(), budget, right=True))
-        cheap, dear = self._corners.point(right - 1), self._corners.point(right)
+        cheap, dear = _point(self._corners, right - 1), _point(self._corners, right)
         share = (dear.flops - budget) / (dear.flops - cheap.flops)
         if share == 1:
             return cheap
@@ -139,7 +126,7 @@ class Curve:
                 f"`accuracy_drop` is {accuracy_drop}; the least on this curve is "
                 f"{self.base_accuracy - best.accuracy:.6g} (accuracy {best.accuracy:.4f} of {self.base_accuracy:.4f})"
             )
-        return good.point(int(good.flops.argmin()))
+        return _point(good, int(good.flops.argmin()))
 
     def on(self, record: Record, progress: bool = False) -> Curve:
         """The same threshold vectors on another record of the same network, by rising FLOPs there.
@@ -151,8 +138,8 @@ class Curve:
                 f"`record` has rule {record.rule!r} and exits {', '.join(record.names)}; "
                 f"the curve has rule {self.rule!r} and exits {', '.join(self.names)}"
             )
-        with _bar(progress, "replay", record.exits + 1) as bar:
-            search = _Search(record)
+        with progress_bar(progress, "replay", record.exits + 1) as bar:
+            search = Search(record)
             search.sort(bar)
             corners, front = (search.replay(points.thresholds) for points in (self._corners, self.front))
             bar.update(1)
@@ -160,17 +147,24 @@ class Curve:
         front = front.pick(front.flops.argsort(stable=True))
         return Curve(*corners, float(record.accuracy[-1]), self.names, self.rule, front=front)
 
-    def plot(self, ax: Axes | None = None, **style: Any) -> Axes:
-        """Draws the curve with matplotlib into `ax` or, without one, into the current axes; returns these."""
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError("Curve.plot needs matplotlib: `pip install matplotlib`") from error
-        ax = pyplot.gca() if ax is None else ax
-        ax.plot(self.flops.tolist(), self.accuracy.tolist(), **{"marker": ".", **style})
-        ax.set_xlabel("FLOPs, of the base network's")
-        ax.set_ylabel("accuracy")
-        return ax
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        time: pictures.Times | None = None,
+        hull: bool = True,
+        **style: Any,
+    ) -> Axes:
+        """Draws the curve with matplotlib into `ax` or, without one, into the current axes; returns these.
+
+        Points are the single threshold vectors of `front`; lines between the corners of the curve are what time
+        sharing reaches (hull=False leaves them out); a dashed line is the base network. style: of the lines, or of the
+        points where there are no lines: label="...", color="...".
+
+        time: draws over times in place of FLOPs, in whatever unit they are: one for every corner, or a function from
+        threshold vectors [P, M] to P times. Only the function can tell the times of the points between the corners.
+        """
+        return pictures.draw_curve(self, ax, time=time, hull=hull, **style)
 
     def __repr__(self) -> str:
         return (
@@ -203,7 +197,7 @@ class Curve:
     def _most_accurate(points: Points) -> OperatingPoint:
         """The cheapest of them, if several are."""
         best = points.pick(points.accuracy == points.accuracy.max())
-        return best.point(int(best.flops.argmin()))
+        return _point(best, int(best.flops.argmin()))
 
 
 def curve(
@@ -211,7 +205,7 @@ def curve(
     *,
     targets: int = 1000,
     seed: int = 0,
-    method: Literal["paper", "coordinate"] = "paper",
+    method: Method = "auto",
     progress: bool = False,
 ) -> Curve:
     """The paper's search on a record, or ours that goes on from there: see the top of this file.
@@ -219,147 +213,29 @@ def curve(
     There are targets + 1 of them, evenly from 0 to 1. Ctrl-C ends the search within a second, or after the vector in
     work where a million samples make that longer.
     """
-    if method not in ("paper", "coordinate"):
-        raise ValueError(f"`method` is {method!r}; wanted 'paper' or 'coordinate'")
+    check_method(method)
     if isinstance(targets, bool) or not isinstance(targets, int) or not 1 <= targets < 2**31:
         raise ValueError(f"`targets` is {targets!r}; wanted a whole number from 1 on: 1000, as in the paper")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"`seed` is {seed!r}; wanted a whole number from 0 to 2**64 - 1")
+    if method == "auto":
+        method = "coordinate" if len(record) >= _ENOUGH * record.exits else "paper"
     prices = _PRICES if method == "coordinate" else 0
-    with _bar(progress, "threshold search", record.exits + targets + 1 + (prices and prices + 1)) as bar:
-        search = _Search(record)
+    with progress_bar(progress, "threshold search", record.exits + targets + 1 + (prices and prices + 1)) as bar:
+        search = Search(record)
         search.sort(bar)
-        points = _joined([search.replay(_always_there(record.exits)), search.search(targets, seed, bar)])
+        points = joined([search.replay(always_there(record.exits)), search.search(targets, seed, bar)])
         if prices:
-            points = _joined([points, search.ascend(_best_at(points, prices), bar)])
-    front = points.pick(_unbeaten(points))
-    corners = front.pick(_hull(front))
+            points = joined([points, search.ascend(best_at(points, prices), bar)])
+    front = points.pick(unbeaten(points))
+    corners = front.pick(hull(front))
     return Curve(*corners, float(record.accuracy[-1]), record.names, record.rule, front=front)
 
 
-def _always_there(exits: int) -> Tensor:
-    """[1 or 2, M]: nobody leaves early; everybody leaves at the first exit."""
-    off = torch.full((min(2, exits + 1), exits), math.inf, dtype=torch.float32, device="cpu")
-    off[1:, :1] = -math.inf
-    return off
+def check_method(method: str) -> None:
+    if method not in ("auto", "paper", "coordinate"):
+        raise ValueError(f"`method` is {method!r}; wanted 'auto', 'paper' or 'coordinate'")
 
 
-def _best_at(points: Points, prices: int) -> Tensor:
-    """[prices + 1, M]: the thresholds of the best point at each price."""
-    price = torch.arange(prices + 1, dtype=torch.float64, device="cpu")[:, None]
-    best = ((prices - price) * points.accuracy - price * points.flops).argmax(1)
-    return points.thresholds[best]
-
-
-def _joined(pieces: Sequence[Points]) -> Points:
-    return Points(*(torch.cat(column) for column in zip(*pieces, strict=True)))
-
-
-def _unbeaten(points: Points) -> list[int]:
-    """The points that are more accurate than all cheaper ones, by rising FLOPs."""
-    flops, accuracy = points.flops.tolist(), points.accuracy.tolist()
-    found: list[int] = []
-    for i in sorted(range(len(flops)), key=lambda i: (flops[i], -accuracy[i])):
-        if not found or accuracy[i] > accuracy[found[-1]]:
-            found.append(i)
-    return found
-
-
-def _hull(front: Points) -> list[int]:
-    """The corners of the upper convex hull of points that rise in both."""
-    x, y = front.flops.tolist(), front.accuracy.tolist()
-    corners: list[int] = []
-    for i in range(len(x)):
-        while len(corners) > 1:
-            a, b = corners[-2:]
-            if (x[b] - x[a]) * (y[i] - y[a]) < (y[b] - y[a]) * (x[i] - x[a]):
-                break
-            corners.pop()  # b lies on or below the line from a to i
-        corners.append(i)
-    return corners
-
-
-# ---- the native search, in pieces -----------------------------------------------------------------------------------
-
-
-class _Search:
-    """A record on its way through the native search, which sees it as addresses: it must not be freed."""
-
-    def __init__(self, record: Record) -> None:
-        if len(record) == 0:
-            raise ValueError("`record` holds no samples; wanted at least one, better some thousand")
-        self._rows, self._exits = len(record), record.exits
-        self._confidence = record.confidence
-        self._correct = record.correct.to(torch.uint8)
-        self._stages = torch.tensor(record.costs.stages, dtype=torch.float64, device="cpu")
-        self._heads = torch.tensor(record.costs.heads, dtype=torch.float64, device="cpu")
-        self._native = _native.ThresholdSearch(
-            self._confidence.data_ptr(),
-            self._correct.data_ptr(),
-            self._rows,
-            self._exits,
-            self._stages.data_ptr(),
-            self._heads.data_ptr(),
-        )
-
-    def sort(self, bar: tqdm[Any]) -> None:
-        """What everything else needs first."""
-        threads = torch.get_num_threads()
-        for first in range(0, self._exits, threads):
-            count = min(threads, self._exits - first)
-            self._native.sort(first, count, threads)
-            bar.update(count)
-
-    def search(self, targets: int, seed: int, bar: tqdm[Any]) -> Points:
-        """The paper's search for every target."""
-
-        def some(first: int, count: int) -> Points:
-            points = self._room(count)
-            self._native.search(first, count, targets, seed, *_addresses(points), torch.get_num_threads())
-            return points
-
-        return _joined(_in_pieces(targets + 1, some, bar))
-
-    def ascend(self, starts: Tensor, bar: tqdm[Any]) -> Points:
-        """Coordinate ascent from each of `starts`, at prices from nothing to everything."""
-
-        def some(first: int, count: int) -> Points:
-            points = self._room(count)
-            points.thresholds.copy_(starts[first : first + count])
-            self._native.ascend(first, count, len(starts) - 1, *_addresses(points), torch.get_num_threads())
-            return points
-
-        return _joined(_in_pieces(len(starts), some, bar))
-
-    def replay(self, thresholds: Tensor) -> Points:
-        points = self._room(len(thresholds))
-        points.thresholds.copy_(thresholds)
-        self._native.replay(len(thresholds), *_addresses(points), torch.get_num_threads())
-        return points
-
-    def _room(self, count: int) -> Points:
-        flops, accuracy = torch.empty(2, count, dtype=torch.float64, device="cpu")
-        return Points(flops, accuracy, torch.empty(count, self._exits, dtype=torch.float32, device="cpu"))
-
-
-def _in_pieces(total: int, some: Callable[[int, int], Points], bar: tqdm[Any]) -> list[Points]:
-    """some(first, count) for pieces of `total`, each of so many that a call takes a fraction of a second."""
-    found, first, threads = [], 0, torch.get_num_threads()
-    count = threads
-    while first < total:
-        count = min(count, total - first)
-        start = time.perf_counter()
-        found.append(some(first, count))
-        took = time.perf_counter() - start
-        bar.update(count)
-        first += count
-        count = max(threads, int(count * min(4.0, _SECONDS / max(took, 1e-9))))
-    return found
-
-
-def _addresses(points: Points) -> tuple[int, int, int]:
-    return points.thresholds.data_ptr(), points.flops.data_ptr(), points.accuracy.data_ptr()
-
-
-def _bar(progress: bool, what: str, total: int) -> tqdm[Any]:
-    return tqdm(total=total, desc=what, disable=not progress, leave=False)
+def _point(points: Points, i: int) -> OperatingPoint:
+    return OperatingPoint(float(points.flops[i]), float(points.accuracy[i]), points.thresholds[i].clone())

@@ -6,15 +6,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import files
+from . import files, pictures
 from .cost import Costs
 
-__all__ = ["Record", "Replay", "threshold_vector"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Record", "Reliability", "Replay", "threshold_vector"]
+
+_ROUNDING = 1e-5  # of the exponential of a log-probability
 
 
 class Replay(NamedTuple):
@@ -26,6 +31,16 @@ class Replay(NamedTuple):
     correct: Tensor  # [N] bool
     flops: float  # mean over the samples, of the base network's; NaN without samples
     accuracy: float  # NaN without samples
+
+
+class Reliability(NamedTuple):
+    """How far confidences can be believed: answers in bins of equal width, bin b from b / bins, excluded, to
+    (b + 1) / bins, included; a confidence of 0 is in the first."""
+
+    counts: Tensor  # [bins] int64
+    confidence: Tensor  # [bins] float64: the mean; NaN in an empty bin
+    accuracy: Tensor  # [bins] float64; NaN in an empty bin
+    ece: float  # expected calibration error: the mean over the answers of |accuracy - confidence| of their bin
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,6 +128,57 @@ class Record:
             correct=correct,
             flops=_mean_flops(self.costs, exit.bincount(minlength=self.exits + 1).tolist(), limits.isposinf().tolist()),
             accuracy=int(correct.sum()) / len(self) if len(self) else float("nan"),
+        )
+
+    def reliability(self, thresholds: Tensor | Sequence[float], bins: int = 15) -> Reliability:
+        """Confidence against accuracy, of the answers given under `thresholds` [M].
+
+        Only the rule "confidence" records probabilities: a ValueError for others. Answers whose confidence is NaN, as
+        the network's own may be, are left out.
+        """
+        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+            raise ValueError(f"`bins` is {bins!r}; wanted a whole number from 1 on, such as 15")
+        if self.rule != "confidence":
+            raise ValueError(
+                f"the record holds what the rule {self.rule!r} compares, which is no probability of being right: "
+                'reliability needs a record of the rule "confidence"'
+            )
+        replay = self.replay(thresholds)
+        known = ~replay.confidence.isnan()
+        confidence, correct = replay.confidence[known].double(), replay.correct[known].double()
+        if len(confidence) and not (confidence.min() >= 0 and confidence.max() <= 1 + _ROUNDING):
+            raise ValueError(
+                f"`confidence` goes from {float(confidence.min()):.6g} to {float(confidence.max()):.6g} in this "
+                "record; reliability needs probabilities, from 0 to 1"
+            )
+        limits = torch.arange(1, bins, dtype=torch.float64) / bins
+        which = torch.bucketize(confidence, limits)
+        counts = which.bincount(minlength=bins)
+        sums = (torch.zeros(bins, dtype=torch.float64).index_add(0, which, each) for each in (confidence, correct))
+        mean_confidence, accuracy = (each / counts for each in sums)
+        gaps = (counts * (accuracy - mean_confidence).abs()).nansum()
+        ece = float(gaps / len(confidence)) if len(confidence) else float("nan")
+        return Reliability(counts, mean_confidence, accuracy, ece)
+
+    def plot(self, thresholds: Tensor | Sequence[float] | None = None) -> Figure:
+        """Four pictures with matplotlib: how accurate each exit is; who leaves where under `thresholds` [M] (without
+        them nobody leaves early); how far confidences can be believed; how sure each exit is, when right and wrong.
+
+        The figure belongs to nobody else: figure.savefig(path), or the last line of a notebook's cell, shows it.
+        """
+        return pictures.of_record(self, [float("inf")] * self.exits if thresholds is None else thresholds)
+
+    def at_exits(self, exits: Iterable[str | int]) -> Record:
+        """The record of the same network with these exits only, given by name or number: what the network would have
+        said had it been cut there."""
+        numbers = self.costs.numbers(exits)
+        columns = [*numbers, self.exits]
+        return Record(
+            self.confidence[:, columns],
+            self.prediction[:, columns],
+            self.label,
+            self.costs.at_exits(numbers),
+            self.rule,
         )
 
     def part(self, samples: Tensor | slice | Sequence[int]) -> Record:

@@ -6,7 +6,6 @@ import _thread
 import dataclasses
 import itertools
 import math
-import sys
 import threading
 import time
 
@@ -18,10 +17,11 @@ from hypothesis import strategies as st
 from test_record import by_hand, random_record, records
 from torch import Tensor
 
-from e2cm_ext import calibration
-from e2cm_ext.calibration import Curve, OperatingPoint, Points, curve
+from e2cm_ext import search
+from e2cm_ext.calibration import Curve, OperatingPoint, curve
 from e2cm_ext.cost import Costs
 from e2cm_ext.record import Record
+from e2cm_ext.search import Points
 
 # ---- the twin: the same search, written to be read -------------------------------------------------------------------
 
@@ -110,10 +110,10 @@ def best_step(costs: list[float], target: float) -> int:
 
 
 def searched(record: Record, targets: int, seed: int = 0) -> Points:
-    search = calibration._Search(record)
-    with calibration._bar(False, "", 0) as bar:
-        search.sort(bar)
-        return search.search(targets, seed, bar)
+    found = search.Search(record)
+    with search.progress_bar(False, "", 0) as bar:
+        found.sort(bar)
+        return found.search(targets, seed, bar)
 
 
 @given(records(rows=(1, 2, 3, 5, 17, 65)), st.sampled_from([1, 4, 7]), st.integers(0, 2**64 - 1))
@@ -166,9 +166,9 @@ def test_with_one_exit_the_curve_is_the_true_hull(record):
         torch.tensor([[t] for t, _ in replays]),
     )
     every = every.pick(every.flops <= 1)  # dearer ones are no target's answer
-    front = every.pick(calibration._unbeaten(every))
-    hull = front.pick(calibration._hull(front))
-    found = curve(record, targets=1000)
+    front = every.pick(search.unbeaten(every))
+    hull = front.pick(search.hull(front))
+    found = curve(record, targets=1000, method="paper")
     assert found.flops.tolist() == hull.flops.tolist()
     assert found.accuracy.tolist() == hull.accuracy.tolist()
 
@@ -186,7 +186,7 @@ def test_a_curve_ends_at_least_as_accurate_as_the_base_network(record):
 def test_full_flops_are_the_base_network_where_it_is_best():
     record = random_record(3000, 4)
     record.prediction[:, -1] = record.label
-    found = curve(record, targets=50)
+    found = curve(record, targets=50, method="paper")
     assert found.at(1.0).accuracy == found.base_accuracy == record.accuracy[-1]
     assert found.at(1.0).flops == 1.0
     assert found.at(1.0).thresholds.tolist() == [INF] * 4
@@ -234,10 +234,10 @@ def test_seeds_that_make_no_sense(seed):
 
 
 def ascended(record: Record, starts: Tensor) -> Points:
-    search = calibration._Search(record)
-    with calibration._bar(False, "", 0) as bar:
-        search.sort(bar)
-        return search.ascend(starts, bar)
+    found = search.Search(record)
+    with search.progress_bar(False, "", 0) as bar:
+        found.sort(bar)
+        return found.ascend(starts, bar)
 
 
 @given(records(rows=(1, 2, 5, 17), exits=(0, 1, 3)), st.data())
@@ -284,7 +284,7 @@ def test_coordinate_search_finds_what_pays():
 @given(records(), seeds)
 def test_coordinate_search_is_never_worse(record, seed):
     """On the record that it has seen."""
-    paper = curve(record, targets=15, seed=seed)
+    paper = curve(record, targets=15, seed=seed, method="paper")
     ours = curve(record, targets=15, seed=seed, method="coordinate")
     assert ours.flops[0] <= paper.flops[0]
     for flops, accuracy in zip(paper.front.flops.tolist(), paper.front.accuracy.tolist(), strict=True):
@@ -300,6 +300,15 @@ def test_coordinate_search_pays_on_other_samples_too():
     budgets = [0.2, 0.3, 0.4, 0.5, 0.6]
     gains = [ours.at(f).accuracy - paper.at(f).accuracy for f in budgets]
     assert sum(gains) / len(gains) > 0.005, gains
+
+
+@pytest.mark.parametrize(("rows", "method"), [(89, "paper"), (90, "coordinate")])
+def test_the_search_that_is_taken_if_none_is_asked_for(rows, method):
+    record = random_record(rows, 3)
+    found, wanted, other = (curve(record, method=m) for m in ("auto", method, "coordinate" if rows < 90 else "paper"))
+    assert same_points(found.front, wanted.front)
+    assert len(found.front.flops) != len(other.front.flops) or not same_points(found.front, other.front)
+    assert same_points(curve(record).front, found.front)
 
 
 @pytest.mark.parametrize("method", ["best", None, ["paper"]])
@@ -331,7 +340,7 @@ def test_any_number_of_threads(threads):
 def test_a_target_does_not_depend_on_its_piece(monkeypatch):
     record = random_record(500, 4)
     expected = searched(record, 30)
-    monkeypatch.setattr(calibration, "_SECONDS", 0.0)  # as few at a time as there are threads
+    monkeypatch.setattr(search, "_SECONDS", 0.0)  # as few at a time as there are threads
     assert same_points(searched(record, 30), expected)
 
 
@@ -364,8 +373,8 @@ def test_hull_against_scipy(pairs, spread):
     scale = 31.0 if spread else 32.0  # thirty-firsts are rounded, thirty-seconds are not
     x, y = (torch.tensor(column, dtype=torch.float64) / scale for column in zip(*pairs, strict=True))
     points = Points(x, y, torch.zeros(len(x), 0))
-    front = points.pick(calibration._unbeaten(points))
-    corners = front.pick(calibration._hull(front))
+    front = points.pick(search.unbeaten(points))
+    corners = front.pick(search.hull(front))
     assert all(a < b for a, b in itertools.pairwise(corners.flops.tolist()))
     assert all(a < b for a, b in itertools.pairwise(corners.accuracy.tolist()))
     # Closed by the two corners below, the region under the curve is the convex hull of the points and their shadows.
@@ -390,11 +399,11 @@ def points_of(*pairs: tuple[float, float]) -> Points:
 
 def test_front_and_hull_by_hand():
     points = points_of((0.5, 0.5), (0.2, 0.3), (0.2, 0.4), (0.3, 0.42), (0.6, 0.5), (0.8, 0.9), (1.0, 0.9), (0.4, 0.41))
-    front = points.pick(calibration._unbeaten(points))
+    front = points.pick(search.unbeaten(points))
     assert front.thresholds[:, 0].tolist() == [2, 3, 0, 5]
-    assert front.pick(calibration._hull(front)).thresholds[:, 0].tolist() == [2, 5]
+    assert front.pick(search.hull(front)).thresholds[:, 0].tolist() == [2, 5]
     on_a_line = points_of((0.0, 0.0), (0.25, 0.25), (0.5, 0.5), (1.0, 1.0))
-    assert calibration._hull(on_a_line) == [0, 3]
+    assert search.hull(on_a_line) == [0, 3]
 
 
 # ---- what a curve answers --------------------------------------------------------------------------------------------
@@ -595,32 +604,11 @@ def test_others_run_while_it_searches():
     assert beats > 5
 
 
-def test_plot():
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    figure, ax = pyplot.subplots()
-    try:
-        found = curve_by_hand()
-        assert found.plot(ax, label="here") is ax
-        (line,) = ax.get_lines()
-        assert line.get_xdata() == pytest.approx(found.flops.tolist())
-        assert line.get_ydata() == pytest.approx(found.accuracy.tolist())
-        assert line.get_label() == "here"
-        assert found.plot() is ax  # the current axes
-    finally:
-        pyplot.close(figure)
-
-
-def test_plot_without_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        curve_by_hand().plot()
-
-
 def test_speed():
     """Generous: on two idle cores all 1001 targets take two seconds."""
     record = random_record(50_000, 28)
     start = time.perf_counter()
-    found = curve(record, targets=50)
+    found = curve(record, targets=50, method="paper")
     assert time.perf_counter() - start < 10
     assert math.isfinite(float(found.accuracy.sum()))
 

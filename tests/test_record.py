@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -284,6 +285,81 @@ def test_records_of_two_networks_do_not_merge(other):
         Record.merge([small(), changed(**other)])
     with pytest.raises(ValueError, match="`records` is empty"):
         Record.merge([])
+
+
+# ---- some of the exits ----------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_a_record_at_some_exits_is_one_with_the_others_off(data):
+    record = data.draw(records())
+    kept = data.draw(st.lists(st.integers(0, record.exits - 1), unique=True) if record.exits else st.just([]))
+    part = record.at_exits([record.names[j] if data.draw(st.booleans()) else j for j in kept])
+    kept = sorted(kept)
+    assert part.names == tuple(record.names[j] for j in kept)
+    thresholds = data.draw(thresholds_for(record))
+    off = torch.full_like(thresholds, INF)
+    off[kept] = thresholds[kept]
+    found, wanted = part.replay(thresholds[kept]), record.replay(off)
+    assert found.exit.tolist() == [[*kept, record.exits].index(j) for j in wanted.exit.tolist()]
+    assert torch.equal(found.prediction, wanted.prediction)
+    assert same_bits(found.confidence, wanted.confidence)
+    assert found.flops == pytest.approx(wanted.flops, rel=1e-12)
+
+
+# ---- reliability ----------------------------------------------------------------------------------------------------
+
+
+def answers(confidence: list[float], right: list[bool]) -> Record:
+    """Of a network without exits."""
+    label = torch.zeros(len(right), dtype=torch.int64)
+    return Record(torch.tensor(confidence)[:, None], (~torch.tensor(right)).long()[:, None], label, Costs((1,), (), ()))
+
+
+def test_reliability_by_hand():
+    record = answers([0.0, 0.5, 0.625, 0.75, 1.0, NAN], [True, False, True, False, True, True])
+    found = record.reliability([], bins=4)
+    assert found.counts.tolist() == [1, 1, 2, 1]  # a border belongs to the bin below it
+    assert found.confidence.tolist() == [0.0, 0.5, 0.6875, 1.0]
+    assert found.accuracy.tolist() == [1.0, 0.0, 0.5, 1.0]
+    assert found.ece == (1 * 1.0 + 1 * 0.5 + 2 * 0.1875 + 1 * 0.0) / 5
+    assert record.part([]).reliability([]).counts.tolist() == [0] * 15
+    assert math.isnan(record.part([]).reliability([]).ece)
+
+
+@given(st.data(), st.sampled_from([1, 2, 10, 15]))
+def test_reliability_in_exact_numbers(data, bins):
+    """Also where confidences lie on a border, or as near to it as float32 can."""
+    record = data.draw(records())
+    steps = torch.randint(0, 31, record.confidence.shape, generator=generator(data.draw(seeds))) / 30
+    confidence = steps.nextafter(torch.tensor(data.draw(st.sampled_from([0.0, 1.0])))).clamp(0, 1)
+    record = Record(confidence, record.prediction, record.label, record.costs)
+    thresholds = data.draw(thresholds_for(record))
+    replay = record.replay(thresholds)
+    rows = list(zip(map(Fraction, replay.confidence.tolist()), replay.correct.tolist(), strict=True))
+    members = [[row for row in rows if Fraction(b, bins) < row[0] <= Fraction(b + 1, bins)] for b in range(bins)]
+    members[0] += [row for row in rows if row[0] == 0]
+    found = record.reliability(thresholds, bins)
+    assert found.counts.tolist() == [len(each) for each in members]
+    gaps = Fraction(0)
+    for b, each in enumerate(members):
+        if not each:
+            assert math.isnan(found.confidence[b]) and math.isnan(found.accuracy[b])
+            continue
+        mean, right = (sum(map(Fraction, column)) / len(each) for column in zip(*each, strict=True))
+        assert float(found.confidence[b]) == pytest.approx(float(mean), rel=1e-12)
+        assert float(found.accuracy[b]) == pytest.approx(float(right), rel=1e-12)
+        gaps += abs(mean - right) * len(each)
+    assert found.ece == pytest.approx(float(gaps / len(record)), abs=1e-12)
+
+
+def test_reliability_of_what_is_no_probability():
+    with pytest.raises(ValueError, match="the rule 'entropy' compares, which is no probability"):
+        changed(rule="entropy").reliability([0.5, 0.5])
+    with pytest.raises(ValueError, match=r"`confidence` goes from -0\.5 to 0\.5 in this record"):
+        answers([-0.5, 0.5], [True, False]).reliability([])
+    with pytest.raises(ValueError, match="`bins` is 0; wanted a whole number"):
+        small().reliability([0.5, 0.5], bins=0)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
