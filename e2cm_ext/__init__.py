@@ -9,16 +9,36 @@ except ModuleNotFoundError as error:
         "e2cm_ext has no compiled module here: `pip install .` makes one (`pip install -e .`, to work on the package); "
         "a checkout that is not installed cannot be imported"
     ) from error
-from . import calibration, cascade, cost, data, fast_exit, heads, ops, reference, rules, stages
+from . import (
+    calibration,
+    cascade,
+    cost,
+    data,
+    fast_exit,
+    guarantee,
+    heads,
+    ops,
+    profile,
+    reference,
+    rules,
+    selection,
+    stages,
+    stream,
+)
 from .calibration import Curve, OperatingPoint, curve
 from .cost import Costs
 from .decisions import Decisions
 from .early_exit import EarlyExit, Evaluation
 from .fast_exit import FastExit
+from .guarantee import GuaranteedPoint
 from .heads import ClassMeans, Head, PooledMeans
+from .profile import Profile, TimedPoint
 from .record import Record
 from .rules import Confidence, Entropy, Rule
+from .selection import Selection, select
 from .stages import CutError, Stages, cut
+from .statistics import Statistics
+from .whitened import WhitenedMeans
 
 __version__: str = build_info()["version"]
 __all__ = [
@@ -32,9 +52,11 @@ __all__ = [
     "Stages",
     "cut",
     "Costs",
+    "Statistics",
     "Head",
     "ClassMeans",
     "PooledMeans",
+    "WhitenedMeans",
     "Rule",
     "Confidence",
     "Entropy",
@@ -43,17 +65,27 @@ __all__ = [
     "Record",
     "Curve",
     "OperatingPoint",
+    "GuaranteedPoint",
+    "Profile",
+    "TimedPoint",
     "curve",
+    # exits
+    "Selection",
+    "select",
     # the rooms
     "calibration",
     "cascade",
     "cost",
     "data",
+    "guarantee",
     "heads",
     "ops",
+    "profile",
     "reference",
     "rules",
+    "selection",
     "stages",
+    "stream",
     # this build
     "__version__",
     "build_info",

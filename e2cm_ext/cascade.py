@@ -18,7 +18,7 @@ from .heads import Head
 from .rules import Rule
 from .stages import Stages
 
-__all__ = ["Cascade", "run", "scores", "through"]
+__all__ = ["Cascade", "own_answers", "run", "scores", "through", "write"]
 
 
 def run(
@@ -99,19 +99,12 @@ class Cascade:
         """The network's own answer to the samples that are left, under the next exit's number."""
         log_probs = logits.log_softmax(1)
         self._dtype = log_probs.dtype
-        # Of the logits: rounding can make equal in log_probs what is not.
-        prediction = logits.detach().argmax(1)
-        log_probs = log_probs.float()
-        confidence = log_probs.detach().amax(1).exp()
-        out, ids, number = self._out, self._ids, self._next
+        answers = own_answers(logits, log_probs, self._next)
+        out, ids = self._out, self._ids
         if out is None or ids is None or self._left == out.prediction.shape[0]:
-            self._result = Decisions(prediction, confidence, torch.full_like(prediction, number), log_probs)
+            self._result = answers
             return
-        out.prediction[ids] = prediction
-        out.confidence[ids] = confidence
-        out.exit[ids] = number
-        assert out.log_probs is not None
-        out.log_probs[ids] = log_probs.detach()
+        write(out, ids, answers)
         self._result = out
 
     def log_probs(self) -> Tensor:
@@ -126,6 +119,22 @@ class Cascade:
             left = "all" if self._left is None else self._left
             raise RuntimeError(f"{left} samples have no answer yet; it takes their logits to give them one")
         return self._result
+
+
+def own_answers(logits: Tensor, log_probs: Tensor, number: int) -> Decisions:
+    """The network's own, under an exit number. log_probs: log_softmax of the logits, in whatever dtype it has."""
+    # Of the logits: rounding can make equal in log_probs what is not.
+    prediction = logits.detach().argmax(1)
+    log_probs = log_probs.float()
+    confidence = log_probs.detach().amax(1).exp()
+    return Decisions(prediction, confidence, torch.full_like(prediction, number), log_probs)
+
+
+def write(out: Decisions, ids: Tensor | slice, answers: Decisions) -> None:
+    """Answers into the rows of `out` that ids name."""
+    for column, values in zip(out, answers, strict=True):
+        assert column is not None and values is not None
+        column[ids] = values.detach()
 
 
 def _dtype_of_log_softmax(x: Tensor) -> torch.dtype:

@@ -554,6 +554,7 @@ def checked(
     device: torch.device | str | None = None,
     labels: Literal[True] = True,
     finite: bool = True,
+    empty: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
@@ -566,6 +567,7 @@ def checked(
     device: torch.device | str | None = None,
     labels: bool,
     finite: bool = True,
+    empty: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor | None]]: ...
 
 
@@ -577,12 +579,13 @@ def checked(
     device: torch.device | str | None = None,
     labels: bool = True,
     finite: bool = True,
+    empty: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """One pass over any loader, with a look at every batch: gives (images, labels int64 [B]) on `device`.
 
     loader: anything that gives (images, labels) in turn; batches without a sample are left out. num_classes: labels are
     below it. image_shape: of one image. labels=False: items may be images alone, and labels come back as None.
-    finite=False: images may hold NaN and infinity.
+    finite=False: images may hold NaN and infinity. empty=True: batches without a sample are given, too.
     """
     number = -1
     for number, item in enumerate(loader):
@@ -590,7 +593,7 @@ def checked(
         images, found = _pair(item, where, labels)
         _check_images(images, where, image_shape)
         numbers = _check_labels(found, where, len(images), num_classes) if labels else None
-        if len(images) == 0:
+        if len(images) == 0 and not empty:
             continue
         if finite:
             _refuse_non_finite(images, where)

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from . import calibration, cascade, files, passes
+from . import calibration, cascade, files, passes, selection
+from . import profile as timing
 from ._native import build_info
-from .calibration import Curve, OperatingPoint
+from .calibration import Curve, Method, OperatingPoint
 from .cost import Costs
 from .decisions import Decisions
+from .guarantee import Of
 from .heads import Head, build, from_config
 from .passes import Loader
+from .profile import Profile, check_batch_size
 from .record import Record, threshold_vector
 from .rules import Rule
 from .rules import rule as rule_named
-from .stages import Stages, cut, stage_flops
+from .seen import Seen
+from .selection import Selection
+from .stages import Stages, at_exits, cut, stage_flops
+from .stream import Stream
+from .targets import Target
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,13 +51,14 @@ class EarlyExit(nn.Module):
         model = nn.Sequential(
             nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
         ).eval()                                              # yours, trained
-        images = torch.randn(256, 1, 9, 9)
+        images = torch.randn(384, 1, 9, 9)
         labels = (images.mean((1, 2, 3)) > 0).long()
-        loader = [(images[:128], labels[:128]), (images[128:], labels[128:])]   # or any DataLoader
+        loader = [(images[:128], labels[:128]), (images[128:256], labels[128:256])]   # or any DataLoader
+        held_out = [(images[256:], labels[256:])]
 
         ee = e2cm.EarlyExit(model, images[:1])                # cut into stages, an exit behind each block
         ee.fit(loader)                                        # learns what the classes look like there: no gradients
-        point = ee.calibrate(loader, flops=0.9)               # sets ee.thresholds; better on samples not fitted on
+        point = ee.calibrate(held_out, flops=0.9)             # sets ee.thresholds, from samples not fitted on
         print(point)
         print(ee.evaluate(loader))                            # accuracy, mean FLOPs, who leaves where
         log_probs = ee(images)                                # [B, K], wherever model(images) was used
@@ -59,9 +68,10 @@ class EarlyExit(nn.Module):
     hand. It is not modified; but the stages hold its modules, so .to(), .half() and training of one of the two do it
     to the other. example_input: a batch as the model takes it; one sample is enough, and only its shape and dtype
     matter. num_classes: for a check; the model's logits tell. exits: "blocks", "all", a number, module names or FLOPs
-    fractions, see `e2cm_ext.stages.cut`. head: "class_means" (the paper's), "pooled_means", "auto" (the first wherever
-    all of them fit into `memory` bytes, else the second), a Head class, or a function (num_classes, feature_shape) ->
-    Head. rule: "confidence" or "entropy", or a Rule.
+    fractions, see `e2cm_ext.stages.cut`. head: "whitened_means" (ours; class means at exits whose features it does not
+    suit, see `e2cm_ext.heads.build`), "class_means" (the paper's), "pooled_means", "auto" (class means wherever all of
+    them fit into `memory` bytes, else pooled means), a Head class, or a function (num_classes, feature_shape) -> Head.
+    rule: "confidence" or "entropy", or a Rule.
 
     Exits fire when thresholds say so: `thresholds` is a buffer [M], +inf at the start, which never fires, and a head at
     such an exit is not even computed. With all of them at +inf, ee(x) is log_softmax(model(x)), bit for bit and with
@@ -76,6 +86,7 @@ class EarlyExit(nn.Module):
     rule: Rule
     costs: Costs  # FLOPs per sample of stages and heads; .fractions: what leaving at each exit costs
     num_classes: int
+    selection: Selection | None = None  # what `select` found, in the network that it made; not saved
 
     def __init__(
         self,
@@ -83,7 +94,7 @@ class EarlyExit(nn.Module):
         example_input: Tensor,
         num_classes: int | None = None,
         exits: str | int | Sequence[str] | Sequence[float] = "blocks",
-        head: str | type[Head] | Callable[[int, tuple[int, ...]], Head] = "class_means",
+        head: str | type[Head] | Callable[[int, tuple[int, ...]], Head] = "whitened_means",
         rule: str | Rule = "confidence",
         memory: int = 256 << 20,
     ) -> None:
@@ -112,6 +123,7 @@ class EarlyExit(nn.Module):
         self.rule, self.costs, self.num_classes = rule, costs, heads[0].num_classes
         self.register_buffer("thresholds", torch.full((len(heads),), math.inf, dtype=torch.float32, device=device))
         self._image_shape, self._image_dtype = image_shape, image_dtype
+        self._seen: Seen | None = None  # when the heads were fitted; not saved
         # Asked before every batch whether the model has been put into train mode behind our back.
         self._leaves = tuple(m for m in stages.modules() if type(m) is not nn.Module and not any(m.children()))
         self.eval()
@@ -121,32 +133,38 @@ class EarlyExit(nn.Module):
     def fit(self, loader: Iterable[Any], progress: bool = True) -> Self:
         """Learns from scratch what the classes look like at every exit, from (images, labels); returns self.
 
-        Forward passes only, as many as the heads need (class means: two), and nothing is held but their statistics and
-        one batch. All thresholds go back to +inf, since old ones mean nothing to new heads: calibrate, or set them.
-        After an error, or Ctrl-C, all is as it was before.
+        Forward passes only, as many as the heads need (whitened means: one, class means: two), and nothing is held but
+        their statistics and one batch. All thresholds go back to +inf, since old ones mean nothing to new heads:
+        calibrate, or set them. After an error, or Ctrl-C, all is as it was before.
         """
         self._refuse_train_mode("fit")
-        fitted = passes.fit(self._heads(), self._walk, self._loader(loader, progress))
+        fitted, self._seen = passes.fit(self._heads(), self._walk, self._loader(loader, progress))
         self.thresholds = math.inf
         self.heads = nn.ModuleList(fitted).eval()
         return self
 
     def record(self, loader: Iterable[Any], progress: bool = True) -> Record:
-        """What every exit, and the network itself, would say about every sample: no threshold matters here."""
+        """What every exit, and the network itself, would say about every sample: no threshold matters here.
+
+        A warning says so if the exits were fitted on the same images, unless they have been loaded from a file since.
+        """
         self._refuse_train_mode("record")
         self._refuse_unfitted([-math.inf] * len(self.heads))
-        return passes.record(self._heads(), self.rule, self._walk, self._loader(loader, progress), lambda: self.costs)
+        return passes.record(
+            self._heads(), self.rule, self._walk, self._loader(loader, progress), lambda: self.costs, self._seen
+        )
 
     def curve(
         self,
         loader: Record | Iterable[Any],
         progress: bool = True,
         *,
-        method: Literal["paper", "coordinate"] = "paper",
+        method: Method = "auto",
     ) -> Curve:
         """Accuracy over FLOPs, by the threshold search of `calibration` on a loader's samples, or on a record of them.
 
-        method: "paper", or "coordinate", which is ours: more accurate for the same FLOPs, but it wants many samples.
+        method: "paper"; "coordinate", which is ours: more accurate for the same FLOPs, but it wants many samples; or
+        "auto", which is "coordinate" from 30 samples per exit on and else "paper".
         """
         record = loader if isinstance(loader, Record) else self.record(loader, progress)
         self._refuse_foreign(record)
@@ -158,20 +176,71 @@ class EarlyExit(nn.Module):
         *,
         flops: float | None = None,
         accuracy_drop: float | None = None,
+        latency: float | None = None,
+        milliseconds: float | None = None,
+        risk: tuple[float, float] | None = None,
+        of: Of = "accuracy",
+        batch_size: int = 128,
+        profile: Profile | None = None,
+        method: Method = "auto",
         progress: bool = True,
     ) -> OperatingPoint:
         """Sets the thresholds, from a loader or from a record or curve of it; returns the operating point it has set.
 
-        flops=0.5: the most accurate thresholds whose mean FLOPs per sample are at most half the network's own.
-        accuracy_drop=0.01: the cheapest whose accuracy is at most 0.01 below the network's own. Both are said of the
-        samples of the loader: take samples that the heads were not fitted on. After Ctrl-C all is as it was before.
+        One of these says what is wanted:
+
+        - flops=0.5: the most accurate thresholds whose mean FLOPs per sample are at most half the network's own.
+        - accuracy_drop=0.01: the cheapest whose accuracy is at most 0.01 below the network's own.
+        - latency=0.5: the most accurate whose expected time per batch of `batch_size` is at most half the network's own
+          on this device; milliseconds=12.0: at most 12 ms per batch. Times are those of `profile`, or are measured, on
+          the loader's first images. A TimedPoint is returned.
+        - risk=(0.01, 0.05): the cheapest that can be shown to lose no more accuracy than 0.01 on new samples, with an
+          error of probability 0.05; with of="agreement", to answer otherwise than the network in no more than 0.01 of
+          them. A GuaranteedPoint is returned; if nothing can be shown, all exits are off, and a warning says so.
+
+        All but `risk` are said of the samples of the loader, and all are wrong if the heads were fitted on these: take
+        others. For a time or a risk a curve does not do, and a record has no images to measure a time with. method: of
+        the threshold search, see `curve`; a curve has been searched already. After Ctrl-C all is as it was before.
         """
-        passes.check_target(flops, accuracy_drop)
-        found = loader if isinstance(loader, Curve) else self.curve(loader, progress)
-        self._refuse_foreign(found)
-        point = passes.operating_point(found, flops, accuracy_drop)
+        target = Target(
+            flops=flops,
+            accuracy_drop=accuracy_drop,
+            latency=latency,
+            milliseconds=milliseconds,
+            risk=risk,
+            of=of,
+            batch_size=batch_size,
+            profile=profile,
+            method=method,
+        )
+        point = target.point(
+            loader,
+            lambda batches: self.record(batches, progress),
+            self._refuse_foreign,
+            lambda images: self.profile(images, batch_size, progress=progress),
+            progress,
+        )
         self.thresholds = point.thresholds
         return point
+
+    def profile(self, images: Tensor, batch_size: int = 128, *, repeats: int = 10, progress: bool = True) -> Profile:
+        """How long every stage and every exit step takes here, at batch sizes 1, 2, 4, ... up to `batch_size`.
+
+        images: a batch to run; a smaller one is repeated. Medians of `repeats` rounds; see `e2cm_ext.profile`.
+        """
+        placed = passes.placed(images, self.stages)
+        self._limits(placed)
+        self._refuse_unfitted([-math.inf] * len(self.heads))
+        return timing.measure(
+            self._heads(),
+            self.rule,
+            self._walk,
+            placed,
+            self.exit_names,
+            batch_size=batch_size,
+            repeats=repeats,
+            progress=progress,
+        )
 
     def evaluate(self, loader: Iterable[Any], progress: bool = True) -> Evaluation:
         """Runs the network with its exits: accuracy, mean FLOPs per sample, and how many samples left where."""
@@ -186,6 +255,46 @@ class EarlyExit(nn.Module):
             raise ValueError("the loader gave no sample: all its batches are empty")
         fractions = _with_heads_on(self.costs, self.thresholds.tolist()).fractions
         return Evaluation(correct / count, float(leavers.double() @ fractions) / count, leavers, self.exit_names)
+
+    # ---- fewer exits ------------------------------------------------------------------------------------------------
+
+    def select(
+        self,
+        loader: Record | Iterable[Any],
+        count: int | None = None,
+        progress: bool = True,
+        *,
+        flops: tuple[float, float] = (0.0, 1.0),
+    ) -> Self:
+        """A new network with only those exits that are worth it, found on a loader's samples or on a record of them.
+
+        count: how many; without it, as few as come within 0.001 of the best. flops: the budgets that matter. See
+        `e2cm_ext.selection`; what was found is in `selection` of the new network, to be printed. As with `at_exits`,
+        this one stays as it is. Take samples that the heads were not fitted on.
+        """
+        record = loader if isinstance(loader, Record) else self.record(loader, progress)
+        self._refuse_foreign(record)
+        found = selection.select(record, count, flops=flops, progress=progress)
+        chosen = self.at_exits(found.names)
+        chosen.selection = found
+        return chosen
+
+    def at_exits(self, exits: Iterable[str | int]) -> Self:
+        """A new network with only these exits, given by name or number, around the same model.
+
+        Its heads are copies of those here, stages between its exits are joined, and its thresholds are +inf: calibrate
+        it, since thresholds of one set of exits mean little to another.
+        """
+        numbers = self.costs.numbers(exits)
+        if not numbers:
+            raise ValueError("`exits` is empty; wanted at least one exit: without any it is the model itself")
+        chosen = type(self).__new__(type(self))
+        nn.Module.__init__(chosen)
+        heads = [copy.deepcopy(self._heads()[j]) for j in numbers]
+        costs = self.costs.at_exits(numbers)
+        stages = at_exits(self.stages, numbers)
+        chosen._assemble(stages, heads, self.rule, costs, self._image_shape, self._image_dtype)
+        return chosen
 
     # ---- answering --------------------------------------------------------------------------------------------------
 
@@ -211,6 +320,77 @@ class EarlyExit(nn.Module):
         limits = self._limits(images) or [math.inf] * len(self.heads)
         return cascade.run(self.stages, self._heads(), self.rule, limits, images, self.num_classes)
 
+    @overload
+    def predict_stream(
+        self,
+        loader: Iterable[Any],
+        *,
+        order: Literal[True] = True,
+        batch_size: int | None = None,
+        max_wait: int | None = None,
+        progress: bool = False,
+    ) -> Generator[Decisions, None, None]: ...
+
+    @overload
+    def predict_stream(
+        self,
+        loader: Iterable[Any],
+        *,
+        order: Literal["completed"],
+        batch_size: int | None = None,
+        max_wait: int | None = None,
+        progress: bool = False,
+    ) -> Generator[tuple[Tensor, Decisions], None, None]: ...
+
+    def predict_stream(
+        self,
+        loader: Iterable[Any],
+        *,
+        order: Literal[True, "completed"] = True,
+        batch_size: int | None = None,
+        max_wait: int | None = None,
+        progress: bool = False,
+    ) -> Generator[Decisions, None, None] | Generator[tuple[Tensor, Decisions], None, None]:
+        """`predict` for all batches of a loader, faster: survivors of many batches go on together.
+
+        loader: yields images or (images, labels), whose labels are ignored. What it has given it must not change.
+
+        order=True: gives the Decisions of every batch, one after the other, as zip(loader, ...) expects them.
+        order="completed": gives pairs (numbers, Decisions) as soon as there are answers: those to the samples with
+        these numbers, int64, counted from 0 over all samples of the loader.
+
+        batch_size: the most samples that a stage runs at once; it runs when more than half of that wait for it. By
+        default the size of the loader's first batch: for a loader of small batches give a larger one. max_wait: when
+        so many further batches have been taken in, a sample's stage runs without more company; with 0 every batch is
+        answered before the next one is taken in. By default so many as hold 64 x `batch_size` samples.
+
+        Held at most, beside the loader's batch: before the first stage and behind every exit that is on, the features
+        of half of `batch_size` samples, of one and a half while a stage runs; and the answers to max_wait + 1 batches,
+        in room for twice that.
+
+        Thresholds and heads are those at the time of the call, whatever happens to them later. If the loader fails, all
+        samples that it had given are answered before the error is raised; Ctrl-C is raised at once.
+        """
+        if order is not True and order != "completed":
+            raise ValueError(f"`order` is {order!r}; wanted True, for the order of the input, or 'completed'")
+        if batch_size is not None:
+            check_batch_size(batch_size)
+        self._refuse_train_mode("predict_stream")
+        limits: list[float] = self.thresholds.tolist()
+        self._refuse_unfitted(limits)
+        stream = Stream(
+            self.stages,
+            self._heads(),
+            self.rule,
+            limits,
+            self.num_classes,
+            batch_size=batch_size,
+            max_wait=max_wait,
+            ready=self._refuse_late_train_mode,
+        )
+        images = self._loader(loader, progress).images("predict")
+        return stream.in_order(images) if order is True else stream.completed(images)
+
     def _limits(self, images: Tensor) -> list[float] | None:
         """The thresholds, after a look at everything that could be wrong; None if no exit is active."""
         if not isinstance(images, Tensor):
@@ -220,8 +400,7 @@ class EarlyExit(nn.Module):
             raise ValueError(
                 f"`images` has shape {list(images.shape)}; wanted {self._wanted()}, as `example_input` had{hint}"
             )
-        if self.training or any(leaf.training for leaf in self._leaves):
-            self._refuse_train_mode("inference")
+        self._refuse_late_train_mode()
         limits: list[float] = self.thresholds.tolist()
         if min(limits) == math.inf:
             return None
@@ -268,6 +447,10 @@ class EarlyExit(nn.Module):
 
     def _refuse_train_mode(self, what: str) -> None:
         passes.refuse_train_mode(self, what)
+
+    def _refuse_late_train_mode(self) -> None:
+        if self.training or any(leaf.training for leaf in self._leaves):
+            self._refuse_train_mode("inference")
 
     def _refuse_unfitted(self, thresholds: Sequence[float]) -> None:
         for j, (head, threshold) in enumerate(zip(self.heads, thresholds, strict=True)):

@@ -2,8 +2,8 @@
 
     from e2cm_ext import FastExit, fast_exit
 
-`fast_exit.fit`, `record`, `calibrate` and `set_thresholds` do for all FastExit layers of a network what the methods of
-EarlyExit do for the exits that it has found by itself.
+`fast_exit.fit`, `record`, `profile`, `calibrate` and `set_thresholds` do for all FastExit layers of a network what the
+methods of EarlyExit do for the exits that it has found by itself.
 """
 
 from __future__ import annotations
@@ -18,21 +18,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import calibration, cost, passes
-from .calibration import Curve, OperatingPoint
+from . import cost, passes
+from . import profile as timing
+from .calibration import Curve, Method, OperatingPoint
 from .cascade import Cascade
 from .cost import Costs
 from .decisions import Decisions
+from .guarantee import Of
 from .heads import Head, build
 from .passes import Loader
+from .profile import Profile
 from .record import Record, threshold_vector
 from .rules import Rule
 from .rules import rule as rule_named
+from .seen import Seen
+from .targets import Target
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FastExit", "State", "calibrate", "fit", "record", "set_thresholds"]
+__all__ = ["FastExit", "State", "calibrate", "fit", "profile", "record", "set_thresholds"]
 
 
 class FastExit(nn.Module):
@@ -57,9 +62,10 @@ class FastExit(nn.Module):
                 return state.result(self.classifier(x))      # Decisions, in the order of the input
 
         torch.manual_seed(0)
-        images = torch.randn(256, 1, 9, 9)
+        images = torch.randn(384, 1, 9, 9)
         labels = (images.mean((1, 2, 3)) > 0).long()
-        loader = [(images[:128], labels[:128]), (images[128:], labels[128:])]
+        loader = [(images[:128], labels[:128]), (images[128:256], labels[128:256])]
+        held_out = [(images[256:], labels[256:])]
 
         net = Net()
         optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
@@ -70,14 +76,15 @@ class FastExit(nn.Module):
             optimizer.step()
 
         net.eval()
-        fast_exit.fit(net, loader)                           # class means at every exit
-        record = fast_exit.record(net, loader)               # what every exit would say; better on other samples
+        fast_exit.fit(net, loader)                           # what the classes look like at every exit
+        record = fast_exit.record(net, held_out)             # what every exit would say, of samples not fitted on
         print(fast_exit.calibrate(net, record, flops=0.9))   # sets the thresholds
         decisions = net(images)                              # .prediction .confidence .exit .log_probs
 
     num_features_or_shape: of one sample's features as they come in, 144 or (8, 7, 7). head: see EarlyExit; a name
-    ("class_means", "pooled_means"), a Head class, or a function (num_classes, feature_shape) -> Head. rule:
-    "confidence" or "entropy", or a Rule. threshold: +inf, at the start, never fires, and nothing is computed then.
+    ("whitened_means", "class_means", "pooled_means"), a Head class, or a function (num_classes, feature_shape) -> Head.
+    rule: "confidence" or "entropy", or a Rule. threshold: +inf, at the start, never fires, and nothing is computed
+    then.
 
     Call all exits of a network in the order in which they are set up, each once, and hand the state of one to the next;
     the first gets none. Whatever else runs behind an exit must go by x alone, as the batch has shrunk, perhaps to
@@ -88,7 +95,7 @@ class FastExit(nn.Module):
         self,
         num_features_or_shape: int | Sequence[int],
         num_classes: int,
-        head: str | type[Head] | Callable[[int, tuple[int, ...]], Head] = "class_means",
+        head: str | type[Head] | Callable[[int, tuple[int, ...]], Head] = "whitened_means",
         rule: str | Rule = "confidence",
         threshold: float = math.inf,
     ) -> None:
@@ -99,6 +106,7 @@ class FastExit(nn.Module):
         self.rule = rule_named(rule)
         self.register_buffer("threshold", torch.tensor(math.inf, dtype=torch.float32))
         self._set(threshold)
+        self._seen: Seen | None = None  # when the head was fitted; not in the state_dict
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The samples that stay, and what is known about the whole batch."""
@@ -182,11 +190,12 @@ def fit(model: nn.Module, loader: Iterable[Any], progress: bool = True) -> None:
     fitted before, its threshold goes back to +inf. After an error, or Ctrl-C, all is as it was before.
     """
     network = _Network(model, "fit")
-    fitted = passes.fit(network.heads, network.walk, network.loader(loader, progress))
+    fitted, seen = passes.fit(network.heads, network.walk, network.loader(loader, progress))
     for exit, head in zip(network.exits.values(), fitted, strict=True):
         if exit.head is not head:  # the copy of a fitted one
             exit.threshold = math.inf
             exit.head = head.eval()
+        exit._seen = seen
 
 
 def record(model: nn.Module, loader: Iterable[Any], progress: bool = True) -> Record:
@@ -196,12 +205,13 @@ def record(model: nn.Module, loader: Iterable[Any], progress: bool = True) -> Re
     """
     network = _Network(model, "record")
     network.refuse_unfitted()
-    rules = {exit.rule.name: exit.rule for exit in network.exits.values()}
-    if len(rules) > 1:
-        raise ValueError(f"the exits have different rules, {' and '.join(map(repr, rules))}: a record has one")
-    (rule,) = rules.values()
     return passes.record(
-        network.heads, rule, network.walk_and_count, network.loader(loader, progress), lambda: network.costs
+        network.heads,
+        network.rule,
+        network.walk_and_count,
+        network.loader(loader, progress),
+        lambda: network.costs,
+        next(iter(network.exits.values()))._seen,
     )
 
 
@@ -211,21 +221,52 @@ def calibrate(
     *,
     flops: float | None = None,
     accuracy_drop: float | None = None,
+    latency: float | None = None,
+    milliseconds: float | None = None,
+    risk: tuple[float, float] | None = None,
+    of: Of = "accuracy",
+    batch_size: int = 128,
+    profile: Profile | None = None,
+    method: Method = "auto",
     progress: bool = True,
 ) -> OperatingPoint:
     """Sets the thresholds of all exits, from a loader or from a record or curve of it: see EarlyExit.calibrate."""
-    passes.check_target(flops, accuracy_drop)
-    found = loader if isinstance(loader, Curve | Record) else record(model, loader, progress)
+    target = Target(
+        flops=flops,
+        accuracy_drop=accuracy_drop,
+        latency=latency,
+        milliseconds=milliseconds,
+        risk=risk,
+        of=of,
+        batch_size=batch_size,
+        profile=profile,
+        method=method,
+    )
     names = tuple(_Network(model, "calibrate").exits)
-    if found.names != names:
-        raise ValueError(
-            f"the {type(found).__name__.lower()} is of another network, with exits {', '.join(found.names)}; "
-            f"wanted {', '.join(names)}"
-        )
-    curve = calibration.curve(found, progress=progress) if isinstance(found, Record) else found
-    point = passes.operating_point(curve, flops, accuracy_drop)
+
+    def refuse_foreign(found: Record | Curve) -> None:
+        if found.names != names:
+            raise ValueError(
+                f"the {type(found).__name__.lower()} is of another network, with exits {', '.join(found.names)}; "
+                f"wanted {', '.join(names)}"
+            )
+
+    point = target.point(
+        loader,
+        lambda batches: record(model, batches, progress),
+        refuse_foreign,
+        lambda images: _Network(model, "profile").profile(images, batch_size, progress=progress),
+        progress,
+    )
     set_thresholds(model, point)
     return point
+
+
+def profile(
+    model: nn.Module, images: Tensor, batch_size: int = 128, *, repeats: int = 10, progress: bool = True
+) -> Profile:
+    """How long every stage and every exit step takes here: see EarlyExit.profile."""
+    return _Network(model, "profile").profile(images, batch_size, repeats, progress)
 
 
 def set_thresholds(model: nn.Module, thresholds: OperatingPoint | Tensor | Sequence[float] | float) -> None:
@@ -267,6 +308,27 @@ class _Network:
         for name, exit in self.exits.items():
             if not exit.head.fitted:
                 raise RuntimeError(_UNFITTED.format(where=f"exit {name!r}"))
+
+    @property
+    def rule(self) -> Rule:
+        rules = {exit.rule.name: exit.rule for exit in self.exits.values()}
+        if len(rules) > 1:
+            raise ValueError(f"the exits have different rules, {' and '.join(map(repr, rules))}: a record has one")
+        (rule,) = rules.values()
+        return rule
+
+    def profile(self, images: Tensor, batch_size: int, repeats: int = 10, progress: bool = True) -> Profile:
+        self.refuse_unfitted()
+        return timing.measure(
+            self.heads,
+            self.rule,
+            self.walk,
+            passes.placed(images, self.model),
+            tuple(self.exits),
+            batch_size=batch_size,
+            repeats=repeats,
+            progress=progress,
+        )
 
     def walk(self, images: Tensor, visit: passes.Visit, /, *, logits: bool) -> Tensor:
         with _watching(_Watcher(self.exits, visit)) as watcher:

@@ -96,7 +96,9 @@ def _write(file: BinaryIO, kind: str, tensors: Mapping[str, Tensor], info: Mappi
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Those of all its numbers in the usual order, whatever its memory order and wherever it is."""
-    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+    dense = tensor.detach().contiguous().cpu()
+    # Not reshape(-1): one number that was expanded is contiguous, and yet has stride 0.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _order(tensor: Tensor) -> list[int]:

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import data
-from .calibration import Curve, OperatingPoint
 from .cost import Costs
 from .heads import Head
 from .record import Record
 from .rules import Rule
+from .seen import Seen, numbers_of
 
-__all__ = ["Loader", "Walk", "check_target", "fit", "operating_point", "record"]
+__all__ = ["Loader", "Walk", "fit", "placed", "record"]
 
+_SEEN = 0.01  # of the images: some data sets hold a few twice
 Visit = Callable[[int, Tensor], None]
 
 
@@ -42,17 +43,30 @@ class Loader(NamedTuple):
 
     def run(self, what: str, finite: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over it, with a progress bar that says `what`. `finite`: images with a NaN are refused."""
+        device, _ = place_of(self.network)
+        batches = data.checked(
+            self.batches, num_classes=self.num_classes, image_shape=self.image_shape, device=device, finite=finite
+        )
+        with self._bar(batches, what) as bar:
+            for images, labels in bar:
+                yield placed(images, self.network), labels
+
+    def images(self, what: str) -> Iterator[Tensor]:
+        """One pass over the images alone, those of batches without a sample, too: there may be labels, or not."""
         device, dtype = place_of(self.network)
+        batches = data.checked(
+            self.batches, image_shape=self.image_shape, device=device, labels=False, finite=False, empty=True
+        )
+        with self._bar(batches, what) as bar:
+            for images, _ in bar:
+                yield images.to(dtype) if images.is_floating_point() else images
+
+    def _bar(self, batches: Iterator[Any], what: str) -> tqdm[Any]:
         try:
             total = len(self.batches)  # type: ignore[arg-type]
         except TypeError:
             total = None
-        batches = data.checked(
-            self.batches, num_classes=self.num_classes, image_shape=self.image_shape, device=device, finite=finite
-        )
-        with tqdm(batches, total=total, desc=what, unit="batch", disable=not self.progress, leave=False) as bar:
-            for images, labels in bar:
-                yield images.to(dtype) if images.is_floating_point() else images, labels
+        return tqdm(batches, total=total, desc=what, unit="batch", disable=not self.progress, leave=False)
 
 
 def place_of(network: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -62,6 +76,12 @@ def place_of(network: nn.Module) -> tuple[torch.device, torch.dtype]:
             if tensor.is_floating_point():
                 return tensor.device, tensor.dtype
     return torch.get_default_device(), torch.get_default_dtype()
+
+
+def placed(images: Tensor, network: nn.Module) -> Tensor:
+    """On the network's device, in its dtype."""
+    device, dtype = place_of(network)
+    return images.to(device, dtype if images.is_floating_point() else images.dtype)
 
 
 def refuse_train_mode(network: nn.Module, what: str) -> None:
@@ -75,8 +95,8 @@ def refuse_train_mode(network: nn.Module, what: str) -> None:
 
 
 @torch.no_grad()
-def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> list[Head]:
-    """Fitted heads, one for each of `heads`, from as many passes as they need.
+def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> tuple[list[Head], Seen]:
+    """Fitted heads, one for each of `heads`, from as many passes as they need; and what images they have seen.
 
     Fitted ones are copied first; so if anything goes wrong on the way, or Ctrl-C comes, `heads` know what they knew.
     """
@@ -87,20 +107,23 @@ def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> list[Head]:
             "passes: give a DataLoader or a list, or heads that need one pass"
         )
     fresh = [copy.deepcopy(head) if head.fitted else head for head in heads]
+    seen = Seen()
     try:
         for turn in range(passes):
-            _one_pass(fresh, walk, loader, turn, passes)
+            _one_pass(fresh, walk, loader, turn, passes, seen)
     except BaseException:
         for head in fresh:
             head.reset()
             head.fitted = False
         raise
     _warn_of_empty_classes(fresh[0])
-    return fresh
+    return fresh, seen
 
 
-def _one_pass(heads: Sequence[Head], walk: Walk, loader: Loader, turn: int, passes: int) -> None:
+def _one_pass(heads: Sequence[Head], walk: Walk, loader: Loader, turn: int, passes: int, seen: Seen) -> None:
     for images, labels in loader.run(f"fit, pass {turn + 1} of {passes}", finite=True):
+        if turn == 0:
+            seen.add(images)
 
         def show(j: int, x: Tensor, labels: Tensor = labels) -> None:
             if turn < heads[j].passes:
@@ -126,11 +149,18 @@ def _warn_of_empty_classes(head: Head) -> None:
 
 
 @torch.no_grad()
-def record(heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader, costs: Callable[[], Costs]) -> Record:
-    """What every head, and the network itself, says about every sample. `costs` is asked at the end."""
+def record(
+    heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader, costs: Callable[[], Costs], seen: Seen | None
+) -> Record:
+    """What every head, and the network itself, says about every sample. `costs` is asked at the end.
+
+    seen: by the heads when they were fitted, if that is known.
+    """
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    numbers: list[Tensor] = []
     for images, labels in loader.run("record"):
         count, exits = len(labels), len(heads)
+        numbers.append(numbers_of(images))
         certainty = torch.empty(count, exits + 1, dtype=torch.float32, device=labels.device)
         prediction = torch.empty(count, exits + 1, dtype=torch.int32, device=labels.device)
 
@@ -143,22 +173,16 @@ def record(heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader, costs:
         rows.append((certainty.cpu(), prediction.cpu(), labels.cpu()))
     if not rows:
         raise ValueError("the loader gave no sample: all its batches are empty")
+    if seen is not None:
+        _warn_of_seen(seen.share(torch.cat(numbers)))
     confidence, predictions, label = (torch.cat(column) for column in zip(*rows, strict=True))
     return Record(confidence, predictions, label, costs(), rule.name)
 
 
-def check_target(flops: float | None, accuracy_drop: float | None) -> None:
-    """Before hours are spent on finding out."""
-    if (flops is None) == (accuracy_drop is None):
-        raise TypeError(
-            "calibrate wants one of `flops` (a fraction of the base network's, such as 0.5) and `accuracy_drop` (such "
-            f"as 0.01); here are {'neither' if flops is None else 'both'}"
+def _warn_of_seen(share: float) -> None:
+    if share > _SEEN:
+        warnings.warn(
+            f"about {share:.0%} of these images are among those that the exits were fitted on, and look better to them "
+            "than new ones: for thresholds and figures that hold on new images, take others",
+            stacklevel=5,
         )
-
-
-def operating_point(curve: Curve, flops: float | None, accuracy_drop: float | None) -> OperatingPoint:
-    """The most accurate thresholds within a FLOPs budget, or the cheapest that lose no more than that accuracy."""
-    if flops is not None:
-        return curve.best_within(flops)
-    assert accuracy_drop is not None
-    return curve.within(accuracy_drop)

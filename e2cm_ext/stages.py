@@ -27,7 +27,7 @@ from . import cost
 from .places import Place, Places, choose, places_of
 from .tracing import PREFIX, WAY_OUT, CutError, Network, Root, trace
 
-__all__ = ["CutError", "Stages", "cut", "stage_flops"]
+__all__ = ["CutError", "Stages", "at_exits", "cut", "stage_flops"]
 
 Exits = str | int | Sequence[str] | Sequence[float]
 
@@ -342,6 +342,11 @@ def _subset(stages: Stages, example_input: Tensor, exits: Exits) -> Stages:
         possible = [Place(j, j, j, spent[j], (), (name,)) for j, name in enumerate(stages.names)]
         places = Places(possible, possible, possible, spent[-1], lambda _: there_are)
         numbers = [place.after for place, _ in choose(places, exits)]
+    return at_exits(stages, numbers)
+
+
+def at_exits(stages: Stages, numbers: Sequence[int]) -> Stages:
+    """The same network with these exits only, given in their order: the stages between them are joined."""
     bounds = [0, *(number + 1 for number in numbers), len(stages)]
     parts = [_joined([stages[j] for j in range(first, end)]) for first, end in pairwise(bounds)]
     return Stages(parts, [stages.names[number] for number in numbers])

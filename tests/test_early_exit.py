@@ -87,6 +87,7 @@ def at_quantile(ee: EarlyExit, q: float, batches=None) -> EarlyExit:
 def test_without_thresholds_it_is_the_network_bit_for_bit(layout, where, fitted):
     model = net().to(memory_format=layout) if "weights" in where else net()
     ee = EarlyExit(model, images(1))
+    assert {head.kind for head in ee.heads} == {"whitened_means"}  # the default
     if fitted:
         ee.fit(loader(), progress=False)
     for count in (1, 2, 33):
@@ -249,7 +250,7 @@ def test_num_classes_is_checked():
 
 def test_stages_by_hand():
     stages = by_hand()
-    ee = EarlyExit(stages, images(1))
+    ee = EarlyExit(stages, images(1), head="class_means")
     assert ee.stages is stages and ee.exit_names == ("near", "far")
     at_quantile(ee.fit(loader(), progress=False), 0.6)
     x = samples(50)
@@ -524,12 +525,12 @@ def test_state_dict_holds_all_that_was_learned():
     ee = at_quantile(wrapped(), 0.6)
     x = samples(30)
     state = ee.state_dict()
-    other = EarlyExit(net(seed=1), images(1))
+    other = EarlyExit(net(seed=1), images(1), head="class_means")
     assert not torch.equal(other(x), ee(x))
     other.load_state_dict(state)
     assert_same_decisions(other.predict(x), ee.predict(x))
     with pytest.raises(RuntimeError, match="thresholds"):
-        EarlyExit(net(), images(1), exits=2).load_state_dict(state, strict=False)
+        EarlyExit(net(), images(1), exits=2, head="class_means").load_state_dict(state, strict=False)
 
 
 def test_half_moves_the_network_and_nothing_that_decides():
@@ -557,7 +558,8 @@ def test_loaders_of_float32_serve_a_network_of_sixteen_bits():
 def test_channels_last_means_follow_the_features():
     x, y = all_of(loader())
     batches = [(x.contiguous(memory_format=torch.channels_last), y)]
-    ee = EarlyExit(net().to(memory_format=torch.channels_last), images(1)).fit(batches, progress=False)
+    model = net().to(memory_format=torch.channels_last)
+    ee = EarlyExit(model, images(1), head="class_means").fit(batches, progress=False)
     assert ee.heads[0].means.is_contiguous(memory_format=torch.channels_last)
     at_quantile(ee, 0.6, batches)
     usual = copy.deepcopy(ee).to(memory_format=torch.contiguous_format)
@@ -775,7 +777,7 @@ def test_a_generator_cannot_be_fitted_on_twice():
 @pytest.fixture(scope="module")
 def calibrated():
     fit_on, calibrate_on, test_on = digits()
-    ee = EarlyExit(trained(), fit_on[0][0][:1]).fit(fit_on, progress=False)
+    ee = EarlyExit(trained(), fit_on[0][0][:1], head="class_means").fit(fit_on, progress=False)
     return ee, ee.record(calibrate_on, progress=False), calibrate_on, test_on
 
 
@@ -819,17 +821,24 @@ def test_curve_by_the_other_search(calibrated, monkeypatch):
         return search(record, method=method, progress=progress)
 
     monkeypatch.setattr(calibration, "curve", spy)
-    paper, ours = ee.curve(record, progress=False), ee.curve(record, progress=False, method="coordinate")
+    paper, ours = (ee.curve(record, progress=False, method=method) for method in ("paper", "coordinate"))
     assert asked_for == ["paper", "coordinate"]
     assert all(ours.at(flops).accuracy >= paper.at(flops).accuracy for flops in (0.5, 0.6, 0.7, 0.8, 0.9))
     with pytest.raises(ValueError, match=r"`method` is 'newton'"):
         ee.curve(record, progress=False, method="newton")
 
 
-@pytest.mark.parametrize(("options", "what"), [({}, "neither"), ({"flops": 0.5, "accuracy_drop": 0.01}, "both")])
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({}, "none of them"),
+        ({"flops": 0.5, "accuracy_drop": 0.01}, "`flops` and `accuracy_drop`"),
+        ({"latency": 0.5, "risk": (0.01, 0.05)}, "`latency` and `risk`"),
+    ],
+)
 def test_calibrate_wants_one_target(calibrated, options, what):
     ee, _, _, _ = calibrated
-    with pytest.raises(TypeError, match=rf"one of `flops` .* and `accuracy_drop` .*; here are {what}"):
+    with pytest.raises(TypeError, match=rf"one of `flops` .*, `risk` .*; here are {what}"):
         ee.calibrate(None, progress=False, **options)
 
 
@@ -921,7 +930,7 @@ class Least(Rule):
 
 
 @pytest.mark.parametrize(
-    "head", ["class_means", "pooled_means", partial(ClassMeans, passes=1), partial(Sums, factor=2.0)]
+    "head", ["class_means", "whitened_means", "pooled_means", partial(ClassMeans, passes=1), partial(Sums, factor=2.0)]
 )
 @pytest.mark.parametrize("rule", ["confidence", "entropy"])
 def test_save_and_load(tmp_path, head, rule):
@@ -962,7 +971,7 @@ def test_channels_last_means_come_back_so(tmp_path):
     x, y = all_of(loader())
     batches = [(x.contiguous(memory_format=torch.channels_last), y)]
     model = net().to(memory_format=torch.channels_last)
-    ee = EarlyExit(model, images(1)).fit(batches, progress=False)
+    ee = EarlyExit(model, images(1), head="class_means").fit(batches, progress=False)
     ee.save(tmp_path / "a")
     loaded = EarlyExit.load(tmp_path / "a", model)
     assert [h.means.stride() for h in loaded.heads] == [h.means.stride() for h in ee.heads]
@@ -1190,7 +1199,7 @@ def test_the_fingerprint_is_of_names_shapes_dtypes_and_values():
 def test_the_example_runs(capsys):
     scope = {}
     exec(example_of(EarlyExit), scope)
-    assert scope["log_probs"].shape == (256, 2)
-    assert 0 < (scope["decisions"].exit == 0).sum() <= 256
+    assert scope["log_probs"].shape == (384, 2)
+    assert 0 < (scope["decisions"].exit == 0).sum() <= 384
     assert "which left at" in capsys.readouterr().out
     assert SHAPE == (1, 8, 8) and isinstance(net(), Net)

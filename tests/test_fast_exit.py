@@ -5,10 +5,11 @@ import re
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
-from helpers import INF, NAN, assert_same_decisions, same_bits
+from helpers import INF, NAN, assert_same_decisions, generator, same_bits
 from small import (
     CLASSES,
     Block,
@@ -26,7 +27,18 @@ from small import (
 )
 from torch import nn
 
-from e2cm_ext import ClassMeans, Decisions, EarlyExit, FastExit, OperatingPoint, PooledMeans, Record, curve, fast_exit
+from e2cm_ext import (
+    Decisions,
+    EarlyExit,
+    FastExit,
+    OperatingPoint,
+    PooledMeans,
+    Record,
+    Statistics,
+    WhitenedMeans,
+    curve,
+    fast_exit,
+)
 
 EXITS = ("stem", "block1", "block2")  # behind which EarlyExit puts its own
 
@@ -50,30 +62,39 @@ class ByHand(nn.Module):
         return state.result(base.classifier(base.drop(x.mean((2, 3)))))
 
 
-def fitted(**options) -> ByHand:
-    model = ByHand(net(), **options).eval()
-    fast_exit.fit(model, loader(), progress=False)
+def fitted(batches=None, head="class_means", **options) -> ByHand:
+    model = ByHand(net(), head=head, **options).eval()
+    fast_exit.fit(model, batches or loader(), progress=False)
     return model
 
 
-def wrapped(**options) -> EarlyExit:
-    return EarlyExit(net(), images(1), exits=EXITS, **options).fit(loader(), progress=False)
+def wrapped(batches=None, head="class_means", **options) -> EarlyExit:
+    return EarlyExit(net(), images(1), exits=EXITS, head=head, **options).fit(batches or loader(), progress=False)
+
+
+def harder(count: int, seed: int):
+    """The images of `loader`, hard to see."""
+    return [(x + 4 * torch.randn(x.shape, generator=generator(seed)), y) for x, y in loader(count, seed=seed)]
 
 
 def thresholds(record: Record, q: float = 0.6):
     return record.confidence[:, :-1].nanquantile(q, dim=0)
 
 
+# So few that a thousand samples know their covariance: else all are sure to the last bit, or nearly.
+FEW = partial(WhitenedMeans, statistics=Statistics(mean=(2, 2), pairs=2))
+
 # ---- it is what EarlyExit is ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", ["class_means", "pooled_means"])
+@pytest.mark.parametrize("head", [FEW, "class_means", "pooled_means"], ids=["whitened", "class", "pooled"])
 @pytest.mark.parametrize("rule", ["confidence", "entropy"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_it_says_what_early_exit_says(head, rule, layout):
-    model, ee = fitted(head=head, rule=rule), wrapped(head=head, rule=rule)
-    record = fast_exit.record(model, loader(), progress=False)
-    other = ee.record(loader(), progress=False)
+    fit_on, others = harder(1000, seed=0), harder(200, seed=1)
+    model, ee = fitted(fit_on, head=head, rule=rule), wrapped(fit_on, head=head, rule=rule)
+    record = fast_exit.record(model, others, progress=False)
+    other = ee.record(others, progress=False)
     assert same_bits(record.confidence, other.confidence)
     assert torch.equal(record.prediction, other.prediction)
     assert torch.equal(record.label, other.label)
@@ -81,7 +102,7 @@ def test_it_says_what_early_exit_says(head, rule, layout):
     assert (record.costs.stages, record.costs.heads) == (ee.costs.stages, ee.costs.heads)
     fast_exit.set_thresholds(model, thresholds(record))
     ee.thresholds = thresholds(record)
-    x = samples(50).contiguous(memory_format=layout)
+    x = all_of(others)[0][:50].contiguous(memory_format=layout)
     out = model(x)
     assert_same_decisions(Decisions(*(t.detach() for t in out)), ee.predict(x))
     assert len(out.exit.unique()) > 2
@@ -199,13 +220,13 @@ def test_train_mode_passes_everything_through():
     x = images(8)
     features, state = model.exit1(features_in := torch.randn(8, 12, 8, 8, requires_grad=True))
     assert features is features_in and not state.done
-    means = model.exit1.head.means.clone()
+    before = bits_of(model.exit1)
     out = model(x)
     assert out.exit.tolist() == [3] * 8
     nn.functional.nll_loss(out.log_probs, torch.zeros(8, dtype=torch.int64)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.base.classifier.parameters())
     assert model.base.stem[0].weight.grad.abs().sum() > 0
-    assert same_bits(model.exit1.head.means, means)
+    assert all(same_bits(value, before[name]) for name, value in model.exit1.state_dict().items())
     assert list(model.parameters()) == list(model.base.parameters())  # nothing to be trained in an exit
 
 
@@ -223,7 +244,7 @@ def test_eval_mode_with_gradients_enabled():
 def test_settings():
     exit = FastExit(64, 3)
     assert exit.threshold.item() == INF and exit.threshold.dtype is torch.float32
-    assert isinstance(exit.head, ClassMeans) and exit.head.feature_shape == (64,)
+    assert isinstance(exit.head, WhitenedMeans) and exit.head.feature_shape == (64,)
     assert FastExit((4, 2, 2), 3, head="pooled_means", threshold=0.5).threshold.item() == 0.5
     exit.threshold = 0.25
     assert exit.threshold.item() == 0.25 and "threshold" in dict(exit.named_buffers())
@@ -277,7 +298,7 @@ def test_state_dict_and_deepcopy():
     x = samples(40)
     with torch.no_grad():
         expected = model(x)
-        other = ByHand(net(seed=1)).eval()
+        other = ByHand(net(seed=1), head="class_means").eval()
         other.load_state_dict(model.state_dict())
         assert_same_decisions(other(x), expected)
         third = copy.deepcopy(model)
@@ -322,12 +343,12 @@ def test_threads_and_a_fit_at_the_same_time():
 
 @pytest.mark.parametrize("after", [0, 2, 5, 7])
 def test_ctrl_c_during_fit(after):
-    model = ByHand(net()).eval()
+    model = ByHand(net(), head="class_means").eval()  # two passes
     with pytest.raises(KeyboardInterrupt):
         fast_exit.fit(model, Interrupted(loader(), after), progress=False)
     assert not model.exit1.head.fitted
     fast_exit.fit(model, loader(), progress=False)
-    assert same_bits(model.exit3.head.means, fitted().exit3.head.means)
+    assert same_bits(model.exit3.head.means, fitted(head="class_means").exit3.head.means)
 
     fast_exit.set_thresholds(model, 0.12)
     before = bits_of(model)
@@ -455,7 +476,7 @@ def test_flops_of_a_network_that_looks_at_its_numbers():
 
 
 def test_progress_bars(capsys):
-    model = ByHand(net()).eval()
+    model = ByHand(net(), head="class_means").eval()
     fast_exit.fit(model, loader())
     fast_exit.calibrate(model, loader(), flops=0.95)
     text = capsys.readouterr().err

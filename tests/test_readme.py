@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it stands there."""
+"""Every Python block of the README runs as it stands there, behind those above it."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+NAMES = {"__name__": "readme"}
 
 
 def test_there_are_blocks():
@@ -14,6 +15,7 @@ def test_there_are_blocks():
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_block_runs(block, capsys):
-    exec(compile(block, str(README), "exec"), {"__name__": "readme"})
+def test_block_runs(block, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, str(README), "exec"), NAMES)
     assert "left" in capsys.readouterr().out
