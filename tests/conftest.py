@@ -1,6 +1,6 @@
 """One hypothesis profile for everybody: the same examples in every run, no deadlines on shared machines.
 
-HYPOTHESIS_PROFILE=explore searches with new random examples, and many more of them.
+HYPOTHESIS_PROFILE=explore searches with new random examples, and many more of them; brief looks at a few.
 E2CM_CAREFUL=1 shuts the native way of csrc/usual_call.cpp, as if every call were unusual or torch older than 2.10.
 E2CM_EMULATED=1 sends every call through gpu.py to the CUDA kernels, in a module that was built with E2CM_CUDA=EMULATED:
 their blocks run on the CPU, see csrc/tests/emulation.h.
@@ -16,6 +16,7 @@ from hypothesis import settings
 from e2cm_ext import gpu, ops
 
 settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=60, print_blob=False)
+settings.register_profile("brief", derandomize=True, deadline=None, database=None, max_examples=8)
 settings.register_profile("explore", deadline=None, database=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
