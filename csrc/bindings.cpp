@@ -146,7 +146,8 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Number of the device, and of a stream of it. The runtime that is linked in knows nothing of what torch has told its own.
+// Number of the device, and of a stream of it. The runtime that is linked in knows nothing of what torch has told its
+// own.
 using Place = std::pair<int, Address>;
 
 cudaStream_t stream_at(const Place& place) {
@@ -224,9 +225,9 @@ void cuda_statistics(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t 
                      Address out, Address workspace, const Place& place) {
   const e2cm::Pooled pooled = pooled_at({x, x_dtype, rows, dim, x_stride}, statistics);
   py::gil_scoped_release unlocked;
-  check(e2cm::cuda::launch_statistics(pooled.maps, pooled.wanted, at<float>(out), at<void>(workspace),
-                                      stream_at(place)),
-        "statistics");
+  check(
+      e2cm::cuda::launch_statistics(pooled.maps, pooled.wanted, at<float>(out), at<void>(workspace), stream_at(place)),
+      "statistics");
 }
 
 void cuda_kept_rows(Address mask, int64_t rows, Address ids, Address keep, Address kept_ids, Address count,

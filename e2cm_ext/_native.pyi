@@ -142,9 +142,9 @@ def gather_rows(
     threads: int,
 ) -> None: ...
 
-# Only in a build with CUDA. place: device and stream. answers: rows; addresses of confidence, prediction, exit, log_probs.
-# departure: rule, threshold, number of the exit; addresses of ids, stays, bad_ids; whether rows that do not stay are
-# passed over.
+# Only in a build with CUDA. place: device and stream. answers: rows; addresses of confidence, prediction, exit and
+# log_probs. departure: rule, threshold, number of the exit; addresses of ids, stays, bad_ids; whether rows that do not
+# stay are passed over.
 _Answers = tuple[int, int, int, int, int]
 _Departure = tuple[int, float, int, int, int, int, bool]
 

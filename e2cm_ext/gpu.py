@@ -130,7 +130,8 @@ class Told:
         self._rows = rows
         self.numbers = torch.zeros(2, dtype=torch.int64, device=x.device)  # how many stay; is there a wrong id
         self.bad_ids = self.numbers.data_ptr() + 8
-        self._host, self._event = self.numbers, None
+        self._host = self.numbers
+        self._event: torch.cuda.Event | None = None
 
     def ask(self) -> None:
         self._host, self._event = _to_host(self.numbers)
@@ -140,11 +141,11 @@ class Told:
             self._event.synchronize()
         count, bad_ids = self._host.tolist()
         if bad_ids:
-            raise IndexError("`ids` holds a number that is not a row of `out`; the samples with others have been answered")
+            raise IndexError("`ids` holds a number that is not a row of `out`; all other samples have been answered")
         return int(count)
 
 
-def _to_host(numbers: Tensor) -> tuple[Tensor, Any]:
+def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     with torch.cuda.device(numbers.device):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -153,14 +154,12 @@ def _to_host(numbers: Tensor) -> tuple[Tensor, Any]:
             )
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         host.copy_(numbers, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return host, event
 
 
-def _survivors(
-    x: Tensor, f: checks.Batch, stays: Tensor, ids: Tensor, told: Told
-) -> tuple[Tensor, Tensor]:
+def _survivors(x: Tensor, f: checks.Batch, stays: Tensor, ids: Tensor, told: Told) -> tuple[Tensor, Tensor]:
     """The rows are moved while the host waits to be told how many there are: into room for all, cut afterwards."""
     index, kept_ids = _kept(stays, ids, told)
     survivors = _gathered(f, index, told)

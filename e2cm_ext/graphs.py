@@ -3,8 +3,9 @@
 A kernel launched by Python costs some microseconds of the host, and a network with exits has hundreds: at small batches
 that is most of the time. A graph replays all of them in one call, but its shapes are fixed. Two ways to live with that:
 
-- mode="bucket": survivors are moved together at every exit, as in cascade.py, and the next stage runs at the smallest of
-  the given sizes that holds them; rows that are too many are ignored. The host is told how many are left at each exit.
+- mode="bucket": survivors are moved together at every exit, as in cascade.py, and the next stage runs at the smallest
+  of the given sizes that holds them; rows that are too many are ignored. The host is told at each exit how many are
+  left.
 - mode="masked": nobody is moved. All samples go through the whole network, those that have left are passed over by
   later exits. Nothing is saved but launches: for latency, where the host must never wait, and as the yardstick of what
   moving costs.
@@ -167,7 +168,7 @@ class _Step:
     def _capture(self, x: Tensor) -> None:
         """Twice for real before, so that libraries choose their kernels and reserve their memory."""
         with torch.cuda.device(x.device):
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):

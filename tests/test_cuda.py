@@ -17,7 +17,6 @@ from helpers import (
     DTYPES,
     INF,
     NAN,
-    assert_same_decisions,
     assert_scores_match,
     clusters,
     generator,
@@ -25,7 +24,7 @@ from helpers import (
     sentinels,
 )
 
-from e2cm_ext import Decisions, Stages, Statistics, cascade, gpu, ops, reference
+from e2cm_ext import ClassMeans, Decisions, Stages, Statistics, cascade, gpu, ops, reference
 from e2cm_ext.graphs import FixedCascade
 from e2cm_ext.rules import Confidence, Entropy
 
@@ -99,7 +98,8 @@ def on_gpu(op):
                         if column is not None:
                             column.copy_(answered)
         if op.__name__ == "settle":
-            waiting, gone = (a[2] if len(a) > 2 else n["waiting"] for a, n in ((arguments, named), (moved, moved_named)))
+            both = ((arguments, named), (moved, moved_named))
+            waiting, gone = (a[2] if len(a) > 2 else n["waiting"] for a, n in both)
             waiting.copy_(gone)
         if not isinstance(result, tuple):
             return back(result)
@@ -238,18 +238,15 @@ def test_here_a_graph_can_be_captured():
 def test_here_a_cascade_in_graphs(mode, rule):
     torch.manual_seed(0)
     stages = Stages([torch.nn.Linear(20, 30), torch.nn.Linear(30, 30), torch.nn.Linear(30, 5)]).to(DEVICE).eval()
-    head_of = torch.nn.Linear(30, 5).to(DEVICE)
-
-    from e2cm_ext import ClassMeans
-
     heads_ = [ClassMeans(5, (30,)).to(DEVICE) for _ in range(2)]
     with torch.inference_mode():
         for head in heads_:
             for turn in (0, 1):
-                head.update(torch.randn(50, 30, generator=generator(2)).to(DEVICE), torch.arange(50).to(DEVICE) % 5, turn)
+                head.update(
+                    torch.randn(50, 30, generator=generator(2)).to(DEVICE), torch.arange(50).to(DEVICE) % 5, turn
+                )
                 head.finish(turn)
             head.scale.mul_(0.2)
-        del head_of
         x = torch.randn(33, 20, generator=generator(3)).to(DEVICE)
         thresholds = [0.4, 0.4] if rule.name == "confidence" else [-1.3, -1.3]
         fixed = FixedCascade(stages, heads_, rule, thresholds, x, 5, sizes=[4, 16, 40], mode=mode)
@@ -309,4 +306,3 @@ def test_here_from_many_threads():
 
 def test_here_the_kernels_are_used():
     assert gpu.takes(torch.zeros(1, device=DEVICE))
-    assert assert_same_decisions is not None

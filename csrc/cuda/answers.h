@@ -66,8 +66,8 @@ __device__ void answer(const Finish& finish, int64_t local_row, const Penalty& p
 
   int64_t target = row;
   if (finish.stays) {
-    const bool leaves = finish.rule == Rule::confidence ? 1 / sum > finish.threshold
-                                                        : log_sum - weighted / sum < finish.threshold;
+    const bool leaves =
+        finish.rule == Rule::confidence ? 1 / sum > finish.threshold : log_sum - weighted / sum < finish.threshold;
     if (finish.ids) target = finish.ids[row];
     const bool exists = target >= 0 && target < finish.out.rows;
     __syncwarp();  // all have read `stays`

@@ -4,21 +4,23 @@
 // no arithmetic to hide that behind, so the bandwidth of the memory is the limit: 16-byte accesses where everything is
 // on multiples of 16, four of them on their way at a time.
 //
-// The scan is one block for up to 8192 rows. For more, every block looks at 8192 of them and adds up what a first launch
-// has counted in the blocks before it: two launches, whatever the number of rows, and no library.
+// The scan is one block for up to 8192 rows. For more, every block looks at 8192 of them and adds up what a first
+// launch has counted in the blocks before it: two launches, whatever the number of rows, and no library.
 #include <algorithm>
 
+#include "device.h"
 #include "launch.h"
 #include "plan.h"
-#include "device.h"
 
 namespace e2cm {
 namespace cuda {
 namespace {
 
-// ---- the numbers of the rows to keep ----------------------------------------------------------------------------------
+// ---- the numbers of the rows to keep
+// ----------------------------------------------------------------------------------
 
-constexpr int kScanThreads = 1024, kScanEach = static_cast<int>(kScanRows) / kScanThreads, kScanWarps = kScanThreads / kWarp;
+constexpr int kScanThreads = 1024, kScanEach = static_cast<int>(kScanRows) / kScanThreads,
+              kScanWarps = kScanThreads / kWarp;
 
 // This thread's rows of the block's.
 struct Kept {
@@ -60,9 +62,9 @@ __global__ void __launch_bounds__(kScanThreads) count_kept(const uint8_t* mask, 
 }
 
 // counts: of the blocks before this one; null if there is none. ids and kept_ids: both or neither.
-__global__ void __launch_bounds__(kScanThreads) kept_rows(const uint8_t* mask, int64_t rows, const int64_t* counts,
-                                                          const int64_t* ids, int64_t* keep, int64_t* kept_ids,
-                                                          int64_t* total) {
+__global__ void __launch_bounds__(kScanThreads)
+    kept_rows(const uint8_t* mask, int64_t rows, const int64_t* counts, const int64_t* ids, int64_t* keep,
+              int64_t* kept_ids, int64_t* total) {
   const Kept kept(mask, rows);
   const Scan found = scan(kept.count(), reinterpret_cast<int*>(shared_memory()));
   int64_t at = found.before;
@@ -76,7 +78,8 @@ __global__ void __launch_bounds__(kScanThreads) kept_rows(const uint8_t* mask, i
   }
 }
 
-// ---- rows -------------------------------------------------------------------------------------------------------------
+// ---- rows
+// -------------------------------------------------------------------------------------------------------------
 
 constexpr int kThreads = 256, kAhead = 4;
 
@@ -139,8 +142,8 @@ cudaError_t launch_kept_rows(const uint8_t* mask, int64_t rows, const int64_t* i
     const cudaError_t error = launch(count_kept, grid, dim3(kScanThreads), shared, stream, mask, rows, counts);
     if (error != cudaSuccess) return error;
   }
-  return launch(kept_rows, grid, dim3(kScanThreads), shared, stream, mask, rows, static_cast<const int64_t*>(counts), ids,
-                keep, kept_ids, count);
+  return launch(kept_rows, grid, dim3(kScanThreads), shared, stream, mask, rows, static_cast<const int64_t*>(counts),
+                ids, keep, kept_ids, count);
 }
 
 cudaError_t launch_gather_rows(const void* source, int64_t row_bytes, int64_t source_stride, const int64_t* index,

@@ -1,7 +1,7 @@
 // What the kernels share: how they are launched, how numbers get into registers, sums over a warp.
 //
-// The kernels compile in two ways: by nvcc, and by any C++ compiler with E2CM_EMULATED, where tests/emulation.h runs them
-// on the CPU. What a GPU has instructions for has a plain twin here.
+// The kernels compile in two ways: by nvcc, and by any C++ compiler with E2CM_EMULATED, where tests/emulation.h runs
+// them on the CPU. What a GPU has instructions for has a plain twin here.
 #pragma once
 
 #ifdef E2CM_EMULATED
@@ -37,7 +37,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   static_cast<void>(stream);
   return emulation::run(grid, block, shared, [&] { kernel(arguments...); });
 #else
-  kernel<<<grid, block, shared, stream>>>(arguments...);
+  kernel<<<grid, block, shared, stream> > >(arguments...);
   return cudaGetLastError();
 #endif
 }

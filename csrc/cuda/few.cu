@@ -1,9 +1,9 @@
 // Few classes: distance^2 = sum of (x - m)^2, or logit = sum of x * m, of features as they arrive. Each feature is read
 // once; nothing cancels and nothing is prepared.
 //
-// It must move B D numbers of x, and K D of the vectors for each tile of rows, from the second level of cache at best. A
-// block takes some rows and one split of D. Its threads hold 8 numbers of 8 rows each in registers (16-byte loads, all
-// on their way before the first is needed), take the classes four at a time against them, and fold the 32 sums over
+// It must move B D numbers of x, and K D of the vectors for each tile of rows, from the second level of cache at best.
+// A block takes some rows and one split of D. Its threads hold 8 numbers of 8 rows each in registers (16-byte loads,
+// all on their way before the first is needed), take the classes four at a time against them, and fold the 32 sums over
 // their warp: one for every lane. The vectors come through the first level of cache, once for all rows of a block.
 //
 // Partial sums [split, B, K] are float32. The block that finishes a tile of rows last adds its splits up, in order and

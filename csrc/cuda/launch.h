@@ -31,15 +31,15 @@ struct Finish {
 
 // What an exit looks at, its head, and what becomes of it; see exit_step.h. Exactly one of the ways to look is set.
 struct Exit {
-  Rows x;                    // if statistics is false
-  Pooled pooled;             // if it is true
+  Rows x;         // if statistics is false
+  Pooled pooled;  // if it is true
   bool statistics;
-  Rows vectors;              // class means or weights, [classes, dim] float32
-  const float* center;       // or null
-  bool squares;              // distances to class means, else logits
-  const float* per_class;    // scales or biases; null if distances alone are wanted
-  float* distances;          // [rows, classes], and nothing else is done; or null
-  Finish finish;             // finish.first is 0
+  Rows vectors;            // class means or weights, [classes, dim] float32
+  const float* center;     // or null
+  bool squares;            // distances to class means, else logits
+  const float* per_class;  // scales or biases; null if distances alone are wanted
+  float* distances;        // [rows, classes], and nothing else is done; or null
+  Finish finish;           // finish.first is 0
 };
 
 int64_t exit_workspace(const Exit& exit);  // bytes

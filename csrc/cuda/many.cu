@@ -2,11 +2,12 @@
 //
 // It must move (B / 64) K D + (K / 64) B D numbers from the second level of cache and take 2 B K D operations. A block
 // takes a tile of 64 rows x 64 classes and one split of D; while it multiplies 32 columns, the next ones are on their
-// way into registers. A warp has 32 x 32 sums. The products of 32 columns are summed up by the tensor cores, which round
-// towards zero, and these sums in float32; splits are added up in order and in double by a second launch, a warp for
-// each row: one block for a tile of rows, as in few.cu, would read all of its sums alone.
+// way into registers. A warp has 32 x 32 sums. The products of 32 columns are summed up by the tensor cores, which
+// round towards zero, and these sums in float32; splits are added up in order and in double by a second launch, a warp
+// for each row: one block for a tile of rows, as in few.cu, would read all of its sums alone.
 //
-// TF32 has 11 bits, which is not enough: a number is split in two TF32 numbers, high + low, and a product is high * high
+// TF32 has 11 bits, which is not enough: a number is split in two TF32 numbers, high + low, and a product is high *
+// high
 // + high * low + low * high; what is left out is 2^-22 of it. Features of 16 bits are TF32 numbers as they are, if no
 // center is taken from them, and need two products. (bfloat16 instructions are twice as fast, but a class vector is
 // then three numbers, and a float16 feature two: nothing is gained.) GPUs before sm_80 have no TF32: there the same
@@ -20,8 +21,8 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kColumns = 32;            // of D, in shared memory
-constexpr int kStride = kColumns + 4;   // of a row there: the eight rows that a warp reads from lie in other banks
+constexpr int kColumns = 32;           // of D, in shared memory
+constexpr int kStride = kColumns + 4;  // of a row there: the eight rows that a warp reads from lie in other banks
 constexpr int kPacks = kTile * kColumns / 4 / kThreads;  // of four numbers, that a thread brings
 constexpr int kPassRows = kThreads / (kColumns / 4);     // rows that the threads bring at a time
 static_assert(kTile % kPassRows == 0 && kManyStep % kColumns == 0, "whole passes, whole pieces of a split");
@@ -50,9 +51,10 @@ __device__ inline Halves split(float x) {
   return {high, to_tf32(x - high)};
 }
 
-// ---- a warp's product of 16 rows and 8 classes over 8 columns ---------------------------------------------------------
-// Lane 4 g + t holds of the rows: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); of the classes: (g, t), (g, t + 4); of
-// the sums: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
+// ---- a warp's product of 16 rows and 8 classes over 8 columns
+// --------------------------------------------------------- Lane 4 g + t holds of the rows: (g, t), (g + 8, t), (g, t +
+// 4), (g + 8, t + 4); of the classes: (g, t), (g, t + 4); of the sums: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2
+// t + 1).
 
 struct ManyLane {
   int group, member;
@@ -89,8 +91,8 @@ __device__ inline void multiply(float (&sums)[4], const float (&a)[4], const flo
 
 // ---- from memory to shared memory -----------------------------------------------------------------------------------
 
-// This thread's part of 64 rows x 32 columns of a matrix, less the center; of rows behind the last one, that one again, and zeros behind the
-// last column. Eight neighbouring threads have a row.
+// This thread's part of 64 rows x 32 columns of a matrix, less the center; of rows behind the last one, that one again,
+// and zeros behind the last column. Eight neighbouring threads have a row.
 struct Piece {
   float numbers[kPacks][4];
 
@@ -115,9 +117,7 @@ struct Piece {
     if (!center) return;
     float c[4];
     load_four(center + from, end - from, center_aligned, c);
-    E2CM_LOOP for (int p = 0; p < kPacks; ++p) {
-      E2CM_LOOP for (int i = 0; i < 4; ++i) numbers[p][i] -= c[i];
-    }
+    E2CM_LOOP for (int p = 0; p < kPacks; ++p) { E2CM_LOOP for (int i = 0; i < 4; ++i) numbers[p][i] -= c[i]; }
   }
 
   __device__ void store(float* tile, float (&norms)[kPacks]) const {

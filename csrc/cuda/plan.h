@@ -1,5 +1,5 @@
-// How the work is cut: host arithmetic, without a GPU. D is cut by D alone, so that the bits of a sample do not depend on
-// the batch it sits in; the batch is cut so that there are enough blocks.
+// How the work is cut: host arithmetic, without a GPU. D is cut by D alone, so that the bits of a sample do not depend
+// on the batch it sits in; the batch is cut so that there are enough blocks.
 #pragma once
 
 #include <algorithm>
@@ -48,12 +48,12 @@ constexpr int64_t rows_that_fit(int64_t dim, int64_t classes) {
 
 // What a call needs in device memory beside its arguments, in bytes from the beginning, each on a multiple of 256.
 struct Workspace {
-  int64_t features = 0;                // statistics, [rows, dim] float32, if that is what a head looks at
-  int64_t sums = 0;                    // [splits, rows, classes] float32
-  int64_t row_norms = 0;               // [splits, rows]
-  int64_t class_norms = 0;             // [splits, classes]
-  int64_t counters = 0, counted = 0;   // one for each tile of rows; so many
-  int64_t rows = 0;                    // at a time
+  int64_t features = 0;               // statistics, [rows, dim] float32, if that is what a head looks at
+  int64_t sums = 0;                   // [splits, rows, classes] float32
+  int64_t row_norms = 0;              // [splits, rows]
+  int64_t class_norms = 0;            // [splits, classes]
+  int64_t counters = 0, counted = 0;  // one for each tile of rows; so many
+  int64_t rows = 0;                   // at a time
   int64_t bytes = 0;
 };
 

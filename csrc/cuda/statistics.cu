@@ -1,10 +1,10 @@
 // Means, root mean squares and maxima of the cells of feature maps, and mean products of pairs of channels.
 //
-// It must move B C H W numbers once for all cells, and once more, from the second level of cache, for every 8 offsets of
-// pairs. A block has a sample and up to 128 channels, a thread a channel: 32 pixels at a time go through shared memory,
-// where channels lie a pixel apart plus one, so that both memory orders are read as they are, the threads of a warp next
-// to each other, and neither direction meets a bank twice. A stretch of pixels, up to 32 of one row of a cell, is summed
-// up in float32, and stretches in double, in the workspace.
+// It must move B C H W numbers once for all cells, and once more, from the second level of cache, for every 8 offsets
+// of pairs. A block has a sample and up to 128 channels, a thread a channel: 32 pixels at a time go through shared
+// memory, where channels lie a pixel apart plus one, so that both memory orders are read as they are, the threads of a
+// warp next to each other, and neither direction meets a bank twice. A stretch of pixels, up to 32 of one row of a
+// cell, is summed up in float32, and stretches in double, in the workspace.
 //
 // Same bits whatever the batch and the memory order: who adds what up depends on the shape of a map and on the grids.
 #include "answers.h"
@@ -14,11 +14,11 @@ namespace e2cm {
 namespace cuda {
 namespace {
 
-constexpr int kMost = 128;              // channels of a block
-constexpr int kPixels = 32;             // in shared memory
-constexpr int kApart = kPixels + 1;     // of a channel there
-constexpr int kOffsets = 8;             // of pairs, that a block makes
-constexpr int kKinds = 3;               // means, root mean squares, maxima
+constexpr int kMost = 128;           // channels of a block
+constexpr int kPixels = 32;          // in shared memory
+constexpr int kApart = kPixels + 1;  // of a channel there
+constexpr int kOffsets = 8;          // of pairs, that a block makes
+constexpr int kKinds = 3;            // means, root mean squares, maxima
 
 // An axis of n = cells * each + rest numbers.
 struct Axis {
@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(kMost) pair_statistics(const Map m) {
   float* const out = m.out + sample * m.size + m.cells * maps.channels;
   E2CM_LOOP for (int o = 0; o < kOffsets; ++o) {
     const float mean = static_cast<float>(totals[o] / static_cast<double>(pixels));
-    if (offset + o < m.pairs) out[(offset + o) * maps.channels + first + threadIdx.x] =
-        copysignf(sqrtf(fabsf(mean)), mean);
+    if (offset + o < m.pairs)
+      out[(offset + o) * maps.channels + first + threadIdx.x] = copysignf(sqrtf(fabsf(mean)), mean);
   }
 }
 

@@ -220,8 +220,7 @@ inline cudaError_t run(const dim3& grid, const dim3& block, size_t shared, const
   s.body = &body;
   ++s.launches;
   const unsigned blocks = grid.x * grid.y * grid.z;
-  for (const unsigned i : in_order(blocks, 7))
-    run_block(dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y));
+  for (const unsigned i : in_order(blocks, 7)) run_block(dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y));
   return cudaSuccess;
 }
 

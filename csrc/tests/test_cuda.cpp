@@ -21,9 +21,7 @@ void in_order(Order order, unsigned seed = 1) {
 // Device memory begins on multiples of 256, and what is in it is no number of use.
 struct Workspace {
   explicit Workspace(int64_t bytes) : memory(bytes + 256, 0xFF) {}
-  void* at() const {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 255) / 256 * 256);
-  }
+  void* at() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 255) / 256 * 256); }
   Exact<uint8_t> memory;
 };
 
@@ -349,7 +347,8 @@ TEST(gathered_rows_of_any_alignment) {
     const int64_t bytes = random.pick(sizes), step = random.pick({1, 4, 16});
     const int64_t stride = bytes + step * random.below(4), offset = step * random.below(3), rows = 1 + random.below(20);
     const int64_t count = random.below(rows + 1);
-    const Exact<unsigned char> memory(16 + offset + (rows - 1) * stride + bytes), room(16 + offset + rows * bytes, 0xEE);
+    const Exact<unsigned char> memory(16 + offset + (rows - 1) * stride + bytes),
+        room(16 + offset + rows * bytes, 0xEE);
     const auto from = [&](const Exact<unsigned char>& m) {
       return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(m.data()) + 15) / 16 * 16 + offset);
     };
