@@ -19,11 +19,10 @@ from .compaction import Compaction
 from .decisions import Decisions
 from .heads import Head
 from .rules import Rule
-from .stages import Stages
+
+__all__ = ["Cascade", "Stage", "own_answers", "run", "scores", "through", "write"]
 
 Stage = Callable[[Tensor], Tensor]
-
-__all__ = ["Cascade", "own_answers", "run", "scores", "through", "write"]
 
 
 def run(
@@ -69,7 +68,7 @@ def through(
     return cascade
 
 
-def scores(stages: Stages, heads: Iterable[Head], x: Tensor) -> Iterator[Tensor]:
+def scores(stages: Iterable[Stage], heads: Iterable[Head], x: Tensor) -> Iterator[Tensor]:
     """The log-probabilities [B, K] float32 of every exit, nobody leaving; behind them those of the network itself.
 
     One after the other, as the batch goes on: stages may overwrite the features that they are given.
@@ -83,7 +82,8 @@ def scores(stages: Stages, heads: Iterable[Head], x: Tensor) -> Iterator[Tensor]
 
 def _next_on(thresholds: Sequence[float]) -> list[int]:
     """For every exit the number of the next one that is on, or of the end."""
-    following = [end := len(thresholds)] * end
+    end = len(thresholds)
+    following = [end] * end
     for j in range(end - 1, 0, -1):
         following[j - 1] = j if thresholds[j] < math.inf else following[j]
     return following
