@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .combination import Combination, combined
 from .decisions import Decisions
+from .head import leave
 from .heads import Head
 from .rules import Rule
 from .stages import Stages
@@ -22,7 +24,13 @@ __all__ = ["Cascade", "own_answers", "run", "scores", "through", "write"]
 
 
 def run(
-    stages: Stages, heads: Iterable[Head], rule: Rule, thresholds: Sequence[float], x: Tensor, num_classes: int
+    stages: Stages,
+    heads: Iterable[Head],
+    rule: Rule,
+    thresholds: Sequence[float],
+    x: Tensor,
+    num_classes: int,
+    combination: Combination | None = None,
 ) -> Decisions:
     """The answers to a batch, in input order.
 
@@ -30,14 +38,20 @@ def run(
     own answer, with the exit number len(stages) - 1. If all thresholds are +inf that is everybody: log_probs are then
     log_softmax of the network's logits, and carry their gradient.
     """
-    return through(stages, heads, rule, thresholds, x, num_classes).result()
+    return through(stages, heads, rule, thresholds, x, num_classes, combination).result()
 
 
 def through(
-    stages: Stages, heads: Iterable[Head], rule: Rule, thresholds: Sequence[float], x: Tensor, num_classes: int
+    stages: Stages,
+    heads: Iterable[Head],
+    rule: Rule,
+    thresholds: Sequence[float],
+    x: Tensor,
+    num_classes: int,
+    combination: Combination | None = None,
 ) -> Cascade:
     """`run`, for those who want to know more than the answers."""
-    cascade = Cascade(num_classes)
+    cascade = Cascade(num_classes, combination)
     *early, last = stages
     for stage, head, threshold in zip(early, heads, thresholds, strict=True):
         x = cascade.exit(stage(x), head, rule, threshold)
@@ -62,10 +76,12 @@ def scores(stages: Stages, heads: Iterable[Head], x: Tensor) -> Iterator[Tensor]
 class Cascade:
     """One batch on its way through a network: who is left, and what has been answered."""
 
-    __slots__ = ("_dtype", "_ids", "_left", "_next", "_num_classes", "_out", "_result")
+    __slots__ = ("_combination", "_dtype", "_ids", "_left", "_memory", "_next", "_num_classes", "_out", "_result")
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, combination: Combination | None = None) -> None:
         self._num_classes = num_classes
+        self._combination = combination
+        self._memory: Tensor | None = None  # the combination's, of all samples of the batch
         self._next = 0  # the number of the exit that comes next
         self._left: int | None = None  # how many samples are still there; None as long as nobody could leave
         self._ids: Tensor | None = None  # which ones
@@ -89,7 +105,16 @@ class Cascade:
             rows, device = x.shape[0], x.device
             out = self._out = Decisions.empty(rows, self._num_classes, device)
             ids = torch.arange(rows, device=device)
-        x, self._ids = head.step(x, threshold, ids, out, rule=rule, exit=number)
+        if self._combination is None:
+            x, self._ids = head.step(x, threshold, ids, out, rule=rule, exit=number)
+        else:
+            known = None if self._memory is None else self._memory[ids]
+            answer, certainty, memory = combined(self._combination, head, rule, x, known, number)
+            if self._memory is None:  # the first exit that is on: nobody has left
+                self._memory = memory.clone()
+            else:
+                self._memory[ids] = memory
+            x, self._ids = leave(x, answer, certainty, threshold, ids, out, number)
         self._left = x.shape[0]
         if self._left == 0:
             self._result, self._dtype = out, _dtype_of_log_softmax(x)
@@ -99,8 +124,11 @@ class Cascade:
         """The network's own answer to the samples that are left, under the next exit's number."""
         log_probs = logits.log_softmax(1)
         self._dtype = log_probs.dtype
-        answers = own_answers(logits, log_probs, self._next)
         out, ids = self._out, self._ids
+        if self._combination is not None and self._memory is not None and ids is not None:
+            logits, _ = self._combination(log_probs.float(), self._memory[ids], self._next, True)
+            log_probs = logits
+        answers = own_answers(logits, log_probs, self._next)
         if out is None or ids is None or self._left == out.prediction.shape[0]:
             self._result = answers
             return
