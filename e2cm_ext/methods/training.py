@@ -39,7 +39,9 @@ from .. import files, passes
 from ..early_exit import EarlyExit, fingerprint
 from .learned import LearnedHead
 
-__all__ = ["Cached", "Features", "Joint", "Learners", "Loss", "Outputs", "cache", "finish", "run"]
+__all__ = [
+    "Cached", "Features", "Joint", "Learners", "Loss", "Outputs", "cache", "falling", "finish", "run", "same", "seeded",
+]  # fmt: skip
 
 Outputs = list[Any]  # M outputs of heads (logits, or tuples that begin with them), and the network's logits
 Loss = Callable[[Outputs, Tensor, int], Tensor]  # outputs, labels, number of the epoch (from 0) -> a scalar
@@ -149,21 +151,29 @@ def _overwritten(ee: EarlyExit) -> list[bool]:
 class Cached:
     """Features of a whole data set: batches (features, labels), in an order that follows from seed and epoch.
 
-    Under torch.distributed every process gets its share of every batch.
+    variants: so many times the data set is there, one after the other; an epoch takes every sample once, in a variant
+    that is drawn. Under torch.distributed every process gets its share of every batch.
     """
 
-    def __init__(self, features: list[Tensor], labels: Tensor, batch_size: int = 128, seed: int = 0) -> None:
+    def __init__(
+        self, features: list[Tensor], labels: Tensor, batch_size: int = 128, seed: int = 0, variants: int = 1
+    ) -> None:
         self.features, self.labels, self.batch_size, self.seed = features, labels, batch_size, seed
+        self._variants, self._count = variants, len(labels) // variants
+        if not torch.equal(labels, labels[: self._count].repeat(variants)):
+            raise ValueError(f"`variants` is {variants}; the labels are not so many times the same")
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(len(self.labels) / self.batch_size)
+        return math.ceil(self._count / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        order = torch.randperm(len(self.labels), generator=_generator(self.seed, self._epoch))
+        generator = _generator(self.seed, self._epoch)
+        order = torch.randperm(self._count, generator=generator)
+        order += self._count * torch.randint(self._variants, (self._count,), generator=generator)
         rank, size = _rank()
         for first in range(0, len(order), self.batch_size):
             rows = order[first : first + self.batch_size]
@@ -179,21 +189,23 @@ def cache(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 128,
     seed: int = 0,
+    variants: int = 1,
     progress: bool = True,
 ) -> Cached:
     """One pass over (images, labels), and what the heads need of them is there for all epochs.
 
     folder: kept there, for this and later runs, and read from there as needed; what is found there is used if it is of
     the same network and heads, else a ValueError says so. Without it, kept in memory. dtype: torch.float16 takes half
-    the room, and rounds. For augmented images give a loader of all variants that are to be learned from.
+    the room, and rounds. variants: the loader gives the data set so many times, in the same order, each time augmented
+    in another way.
     """
     if folder is None:
         columns, labels = _gathered(ee, loader, dtype, progress)
-        return Cached(columns, labels, batch_size, seed)
+        return Cached(columns, labels, batch_size, seed, variants)
     folder = Path(folder)
     if not (folder / _ABOUT).exists():
         _write_cache(ee, loader, folder, dtype, progress)
-    return Cached(*_read_cache(ee, folder), batch_size, seed)
+    return Cached(*_read_cache(ee, folder), batch_size, seed, variants)
 
 
 _ABOUT = "about.json"
@@ -271,6 +283,28 @@ def _about(ee: EarlyExit) -> dict[str, Any]:
     }
 
 
+# ---- small things that methods need ---------------------------------------------------------------------------------
+
+
+def same(inputs: T) -> T:
+    return inputs
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """New weights are drawn as this seed says; torch's generators are left as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def falling(
+    optimizer: torch.optim.Optimizer, epochs: int, parts: Sequence[float], factor: float = 0.1
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate, times `factor` after each of these parts of the training, rounded to whole epochs."""
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(part * epochs) for part in parts], factor)
+
+
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +316,7 @@ def run(
     epochs: int,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
-    prepare: Callable[[Any], Any] = lambda inputs: inputs,
+    prepare: Callable[[Any], Any] = same,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     every: float = 60.0,
