@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import calibration, cascade, files, passes, selection
+from . import calibration, cascade, combination, files, passes, selection
 from . import profile as timing
 from ._native import build_info
 from .calibration import Curve, Method, OperatingPoint
+from .combination import Combination
 from .compaction import Compaction
 from .compiled import Compiled
 from .cost import Costs
@@ -88,6 +89,9 @@ class EarlyExit(nn.Module):
     rule: Rule
     costs: Costs  # FLOPs per sample of stages and heads; .fractions: what leaving at each exit costs
     num_classes: int
+    # What exits answer where earlier ones are not forgotten; see e2cm_ext.combination. Exits that are off take no part,
+    # so a record, in which all are on, tells what happens as long as all thresholds are finite: `calibrate` sees to it.
+    combination: Combination | None = None
     selection: Selection | None = None  # what `select` found, in the network that it made; not saved
     compaction: Compaction  # when inference moves survivors together: by FLOPs, or by the last profile; not saved
     _compiled: Compiled | None = None  # what `compile` made of the stages; not saved, not copied
@@ -158,7 +162,13 @@ class EarlyExit(nn.Module):
         self._refuse_train_mode("record")
         self._refuse_unfitted([-math.inf] * len(self.heads))
         return passes.record(
-            self._heads(), self.rule, self._walk, self._loader(loader, progress), lambda: self.costs, self._seen
+            self._heads(),
+            self.rule,
+            self._walk,
+            self._loader(loader, progress),
+            lambda: self.costs,
+            self._seen,
+            self.combination,
         )
 
     def curve(
@@ -227,7 +237,10 @@ class EarlyExit(nn.Module):
             lambda images: self.profile(images, batch_size, progress=progress),
             progress,
         )
-        self.thresholds = point.thresholds
+        if self.combination is None:
+            self.thresholds = point.thresholds
+        else:  # exits that never fire stay on
+            self.thresholds = point.thresholds.clamp(max=torch.finfo(torch.float32).max)
         return point
 
     def profile(self, images: Tensor, batch_size: int = 128, *, repeats: int = 10, progress: bool = True) -> Profile:
@@ -316,6 +329,7 @@ class EarlyExit(nn.Module):
         costs = self.costs.at_exits(numbers)
         stages = at_exits(self.stages, numbers)
         chosen._assemble(stages, heads, self.rule, costs, self._image_shape, self._image_dtype)
+        chosen.combination = self.combination and self.combination.at_exits(numbers)
         return chosen
 
     # ---- compiled ---------------------------------------------------------------------------------------------------
@@ -373,6 +387,7 @@ class EarlyExit(nn.Module):
             images,
             self.num_classes,
             compaction=self.compaction,
+            combination=self.combination,
         )
 
     @overload
@@ -430,6 +445,11 @@ class EarlyExit(nn.Module):
             raise ValueError(f"`order` is {order!r}; wanted True, for the order of the input, or 'completed'")
         if batch_size is not None:
             check_batch_size(batch_size)
+        if self.combination is not None:
+            raise ValueError(
+                f"the exits of this network answer together ({self.combination.name}), which streams cannot do: use "
+                "predict"
+            )
         self._refuse_train_mode("predict_stream")
         limits: list[float] = self.thresholds.tolist()
         self._refuse_unfitted(limits)
@@ -540,6 +560,7 @@ class EarlyExit(nn.Module):
             "exits": self.exit_names,
             "heads": [head.config() for head in self._heads()],
             "rule": self.rule.name,
+            "combination": self.combination and self.combination.config(),
             "costs": {"stages": self.costs.stages, "heads": self.costs.heads},
             "image_shape": self._image_shape,
             "image_dtype": str(dtype if self._image_dtype.is_floating_point else self._image_dtype),
@@ -580,6 +601,8 @@ class EarlyExit(nn.Module):
         nn.Module.__init__(loaded)
         loaded._assemble(stages, heads, decide, costs, tuple(info["image_shape"]), dtype)
         loaded.thresholds = tensors["thresholds"]
+        if info.get("combination") is not None:
+            loaded.combination = combination.from_config(info["combination"])
         return loaded
 
     # ---- small parts ------------------------------------------------------------------------------------------------

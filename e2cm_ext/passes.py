@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import data
+from .combination import Combination, combined
 from .cost import Costs
 from .heads import Head
 from .record import Record
@@ -150,7 +151,13 @@ def _warn_of_empty_classes(head: Head) -> None:
 
 @torch.no_grad()
 def record(
-    heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader, costs: Callable[[], Costs], seen: Seen | None
+    heads: Sequence[Head],
+    rule: Rule,
+    walk: Walk,
+    loader: Loader,
+    costs: Callable[[], Costs],
+    seen: Seen | None,
+    combination: Combination | None = None,
 ) -> Record:
     """What every head, and the network itself, says about every sample. `costs` is asked at the end.
 
@@ -164,11 +171,23 @@ def record(
         certainty = torch.empty(count, exits + 1, dtype=torch.float32, device=labels.device)
         prediction = torch.empty(count, exits + 1, dtype=torch.int32, device=labels.device)
 
-        def show(j: int, x: Tensor, certainty: Tensor = certainty, prediction: Tensor = prediction) -> None:
-            certainty[:, j], prediction[:, j] = heads[j].judge(x, rule)
+        memory: list[Tensor | None] = [None]
+
+        def show(
+            j: int, x: Tensor, certainty: Tensor = certainty, prediction: Tensor = prediction, memory: Any = memory
+        ) -> None:
+            if combination is None:
+                certainty[:, j], prediction[:, j] = heads[j].judge(x, rule)
+            else:
+                answer, certainty[:, j], memory[0] = combined(combination, heads[j], rule, x, memory[0], j)
+                prediction[:, j] = answer.argmax(1)
 
         logits = walk(images, show, logits=True)
-        certainty[:, -1] = rule.certainty(logits.log_softmax(1).float())
+        log_probs = logits.log_softmax(1).float()
+        if combination is not None:
+            logits, _ = combination(log_probs, memory[0], exits, True)
+            log_probs = logits
+        certainty[:, -1] = rule.certainty(log_probs)
         prediction[:, -1] = logits.argmax(1)
         rows.append((certainty.cpu(), prediction.cpu(), labels.cpu()))
     if not rows:
