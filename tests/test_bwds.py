@@ -207,6 +207,31 @@ def test_decisions_are_better_than_any_that_are_the_same_for_all(inputs):
     assert better > 0.15
 
 
+def test_every_process_decides_from_the_samples_of_all(monkeypatch):
+    """Of two processes with a half of the samples each, the first: the other's answers are put into its hands."""
+    first, second = loader(80, 40)
+    ee = training.finish(bwds.build(net(), images(1), exits=["block1", "block3"], prices=(1.0,)))
+    bwds.decide(ee, [first, second], progress=False)
+    expected = [head.decisions.clone() for head in ee.heads]
+    seen = []
+
+    def gather(parts, rows):
+        parts[0] = rows
+        if len(parts) == 1:
+            seen.append(rows)
+        else:
+            parts[1] = seen.pop(0)
+
+    monkeypatch.setattr(bwds.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(bwds.dist, "all_gather_object", gather)
+    monkeypatch.setattr(bwds.dist, "get_world_size", lambda: 1)
+    bwds.decide(ee, [second], progress=False)
+    monkeypatch.setattr(bwds.dist, "get_world_size", lambda: 2)
+    bwds.decide(ee, [first], progress=False)
+    assert all(torch.equal(head.decisions, each) for head, each in zip(ee.heads, expected, strict=True))
+    assert not seen
+
+
 def test_the_curve_is_that_of_the_prices_and_no_other():
     """Certainties between 1 and 8 at two exits: with the prices 1, 2 and 4 there are five policies."""
     ee = training.finish(bwds.build(by_hand(), images(1), exits="all", prices=(1, 2, 4)))

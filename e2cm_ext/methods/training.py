@@ -354,7 +354,9 @@ def run(
     if precision is None and kind == "cuda" and torch.cuda.is_bf16_supported():
         precision = torch.bfloat16
     own, processes = rank()
-    called: nn.Module = DistributedDataParallel(module) if processes > 1 else module
+    called: nn.Module = module
+    if processes > 1:  # a loss need not look at everything in every epoch
+        called = DistributedDataParallel(module, find_unused_parameters=True)
     scaler = torch.amp.GradScaler(kind, enabled=precision is torch.float16)
     state = _State(module, optimizer, schedule, scaler, epochs, seed)
     devices = [device] if kind == "cuda" else []
