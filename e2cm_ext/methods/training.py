@@ -319,8 +319,10 @@ def seeded(seed: int) -> Iterator[None]:
 def falling(
     optimizer: torch.optim.Optimizer, epochs: int, parts: Sequence[float], factor: float = 0.1
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate, times `factor` after each of these parts of the training, rounded to whole epochs."""
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(part * epochs) for part in parts], factor)
+    """The learning rate, times `factor` after each of these parts of the training, rounded to whole epochs: not before
+    the first has ended."""
+    ends = [max(1, round(part * epochs)) for part in parts]
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, ends, factor)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
