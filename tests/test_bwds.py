@@ -56,6 +56,22 @@ def test_what_is_behind_has_been_decided_already():
     assert [each.tolist() for each in left] == [[False, False, True], [True, False, True]]
 
 
+def test_who_has_stayed_at_a_lower_price_stays():
+    """Whatever the decision says now: the second sample goes on at exit 1, to the end."""
+    seen = []
+
+    def leave_all(inputs, leave, weight):
+        seen.append(weight.tolist())
+        return torch.tensor([0.0, 1.0])
+
+    left = [torch.tensor([True, True]), torch.tensor([True, False])]
+    losses = torch.tensor([[1.0, 0, 0], [1, 0, 1]])
+    bwds.backward([torch.zeros(2, 1)] * 2, losses, [0.2, 0.5, 1.0], 3.0, left, leave_all)
+    assert [each.tolist() for each in left] == [[True, True], [True, False]]
+    # At exit 0, going on costs .3 and gets it right, or .8 for the same error.
+    assert seen[1] == pytest.approx([3 - 0.3, 0.8])
+
+
 def worth(policy, cells, losses, costs, price):
     """The mean of price * loss + cost under a policy: at each exit, whether the samples in each cell leave."""
     total = 0.0

@@ -46,8 +46,8 @@ from .pooled import PooledLinear
 
 __all__ = ["PRICES", "Decider", "backward", "build", "curve", "decide", "separate", "sweep", "train", "verdicts"]
 
-# From half of a network's FLOPs for an error to 512 times these.
-PRICES = tuple(2.0 ** (i / 2) for i in range(-2, 19))
+# That an error may be worth, in FLOPs of the network: what a curve of accuracy over FLOPs rises by, upside down.
+PRICES = tuple(2.0 ** (i / 4) for i in range(-4, 25))
 
 _INPUTS = ("scores", "features")
 _RIDGE = 1e-4  # on standardised inputs, against weights that average 1
