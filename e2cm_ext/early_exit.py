@@ -339,9 +339,10 @@ class EarlyExit(nn.Module):
     ) -> Self:
         """Everything that runs the network runs its stages through torch.compile from now on; returns self.
 
-        Each stage is compiled when it is first run: once for batches of any size, once for a single image. options: of
-        torch.compile (mode, backend, options, ...). As with nn.Module.compile, copies are not compiled, and neither is
-        what `load` makes. Answers differ from those of the model by rounding; calibrate after compiling.
+        Each stage is compiled when it is first run: for a single image, and once or twice (torch takes other kernels
+        for few) for batches of any size. options: of torch.compile (mode, backend, options, ...). As with
+        nn.Module.compile, copies are not compiled, and neither is what `load` makes. Answers differ from those of the
+        model by rounding; calibrate after compiling.
 
         fold: every convolution does the work of the batch normalisation behind it. channels_last: weights and images in
         that memory order. Both are done to copies of the stages: the model stays as it is, and what is done to its
