@@ -16,322 +16,41 @@ import math
 import os
 import shlex
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import torch
-from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import data, demo, files, networks, report, turns
+from . import data, demo, files, report, turns
 from ._native import build_info
 from .calibration import OperatingPoint
 from .early_exit import EarlyExit
-from .profile import Profile
+from .options import (
+    Output,
+    Part,
+    Program,
+    Work,
+    budget,
+    budget_options,
+    data_options,
+    network_options,
+    ours,
+    output_options,
+    search_option,
+    wrong,
+)
 from .record import Record
 
 __all__ = ["main"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BUDGETS = tuple(i / 10 for i in range(1, 11))
 HEADS = ("whitened_means", "class_means", "pooled_means", "auto")
-METHODS = ("auto", "paper", "coordinate")
-
-
-# ---- errors, in one line --------------------------------------------------------------------------------------------
-
-
-class Program(click.Group):
-    """A group whose errors are one line on stderr, and whose exit codes are those at the top of this file."""
-
-    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **rest: Any) -> Any:
-        words = list(sys.argv[1:] if args is None else args)
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            try:
-                code = super().main(words, *more, standalone_mode=False, **rest)
-            except Exception as error:
-                if "--debug" in words:
-                    traceback.print_exc()
-                code = _told(error)
-        if standalone_mode:
-            sys.exit(code if isinstance(code, int) else 0)
-        return code
-
-
-def _told(error: Exception) -> int:
-    if isinstance(error, click.Abort):
-        _say("interrupted: nothing was written")
-        return 130
-    if isinstance(error, click.UsageError):
-        context = error.ctx.command_path if error.ctx else "e2cm"
-        _say(f"error: {error.format_message()} (see `{context} --help`)")
-        return 2
-    if isinstance(error, click.ClickException):
-        _say(f"error: {error.format_message()}")
-        return 1
-    text = str(error) if isinstance(error, ValueError | TypeError | ImportError) else _of_system(error)
-    _say(f"error: {text or type(error).__name__}")
-    return 1
-
-
-def _of_system(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    return str(error) if isinstance(error, OSError | RuntimeError) else f"{type(error).__name__}: {error}"
-
-
-def _say(text: str) -> None:
-    click.echo(f"e2cm: {' '.join(text.split())}", err=True)
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"warning: {message}")
-
-
-# ---- options --------------------------------------------------------------------------------------------------------
-
-
-class Network(click.ParamType):
-    name = "network"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Names of torchvision and timm once it is clear which of the two, since to import them takes a while."""
-        zoo, slash, _ = incomplete.partition("/")
-        if slash and zoo in ("torchvision", "timm"):
-            found = [f"{zoo}/{name}" for name in networks.names(zoo)]
-        else:
-            found = ["torchvision/", "timm/", *(f"{path}:" for path in map(str, Path().glob("*.py")))]
-        return [CompletionItem(name) for name in found if name.startswith(incomplete)]
-
-
-class Normalise(click.ParamType):
-    """none, imagenet, weights, or MEAN/STD with one number or one per channel."""
-
-    name = "how"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value in ("none", "weights"):
-            return value
-        if value == "imagenet":
-            return IMAGENET
-        try:
-            mean, std = (tuple(float(number) for number in half.split(",")) for half in value.split("/"))
-        except (AttributeError, ValueError):
-            self.fail(f"{value!r} is none of: none, imagenet, weights, MEAN/STD such as .49,.48,.45/.25,.24,.26")
-        return mean, std
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in ("none", "imagenet", "weights") if name.startswith(incomplete)]
-
-
-class Part(click.ParamType):
-    """FROM:TO, each of which may be left out, as in Python."""
-
-    name = "from:to"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        first, colon, end = value.partition(":")
-        try:
-            if not colon:
-                raise ValueError
-            return slice(int(first) if first else None, int(end) if end else None)
-        except ValueError:
-            self.fail(f"{value!r} is no range of samples; wanted FROM:TO, such as 2000: or :5000")
-
-
-class Output(click.Path):
-    """A file that is to be written, in a folder that is there: seen before the work, not after it."""
-
-    name = "file"
-
-    def __init__(self) -> None:
-        super().__init__(dir_okay=False, path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path: Path = super().convert(value, param, ctx)
-        folder = Path(os.path.realpath(path)).parent
-        if not folder.is_dir():
-            self.fail(f"{path} cannot be written: there is no folder {folder}")
-        if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-            self.fail(f"{path} cannot be written: no permission")
-        return path
-
-
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def add(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-ours = click.argument("file", metavar="FILE.e2cm", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-network_options = _options(
-    click.option(
-        "-n", "--network", type=Network(), envvar="E2CM_NETWORK", required=True, show_envvar=True,
-        help="torchvision/NAME, timm/NAME, module:function or file.py:function; the function may be called with plain "
-        "values, 'net.py:make(56)'. It is imported and run.",
-    ),
-    click.option(
-        "-w", "--weights", envvar="E2CM_WEIGHTS", show_envvar=True,
-        help="A state dict (.pt, .pth, .safetensors); for torchvision and timm also 'pretrained', which may download, "
-        "or 'random'. A function may bring its own.",
-    ),
-    click.option("--classes", type=click.IntRange(1), help="So many classes, for networks of torchvision and timm."),
-    click.option("--device", envvar="E2CM_DEVICE", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."),
-    click.option("--threads", type=click.IntRange(1), help="Of the CPU.  [default: torch's own choice]"),
-)  # fmt: skip
-
-
-def data_options(split: str) -> Callable[[F], F]:
-    return _options(
-        click.option(
-            "-d", "--data", envvar="E2CM_DATA", required=True, show_envvar=True, metavar="DATA",
-            shell_complete=click.Path(path_type=Path).shell_complete,
-            help="A .npz file (x_train, y_train, x_test, y_test), a folder with one folder of images per class, or the "
-            "name of a torchvision data set.",
-        ),
-        click.option(
-            "--normalise", type=Normalise(), envvar="E2CM_NORMALISE", show_envvar=True, required=True,
-            help="How the network's images were prepared when it was trained: 'imagenet', 'none' (in [0, 1]), MEAN/STD "
-            "of images in [0, 1], or 'weights' (as pretrained weights say). Never guessed.",
-        ),
-        click.option("--size", type=click.IntRange(1), help="Resize the shorter side to this, and cut out the middle."),
-        click.option("--root", default="data", show_default=True, help="Where torchvision data sets are."),
-        click.option("--download", is_flag=True, help="Let torchvision fetch what is not there."),
-        click.option("--split", default=split, show_default=True, help="'none': a folder that is not split."),
-        click.option("--part", type=Part(), help="Only these samples of the split: 2000: or :5000."),
-        click.option("-b", "--batch-size", type=click.IntRange(1), default=128, show_default=True),
-        click.option("--workers", type=click.IntRange(0), default=0, help="Processes that read images."),
-        click.option(
-            "--channels-last", is_flag=True, envvar="E2CM_CHANNELS_LAST", show_envvar=True,
-            help="Run network and images in this memory format, often the faster one.",
-        ),
-    )  # fmt: skip
-
-
-budget_options = _options(
-    click.option("--flops", type=float, help="Most accurate within this fraction of the network's FLOPs: 0.5."),
-    click.option("--accuracy-drop", type=float, help="Cheapest that loses no more accuracy than this: 0.01."),
-    click.option("--latency", type=float, help="Most accurate within this fraction of the network's time: 0.5."),
-    click.option("--milliseconds", type=float, help="Most accurate within so many ms per batch."),
-    click.option(
-        "--risk", type=float, nargs=2, metavar="EPS DELTA",
-        help="Loses at most EPS on new samples, or errs with probability DELTA: 0.01 0.05.",
-    ),
-    click.option(
-        "--of", type=click.Choice(["accuracy", "agreement"]), default="accuracy", show_default=True,
-        help="What a --risk is of: accuracy lost, or answers other than the network's.",
-    ),
-)  # fmt: skip
-output_options = _options(
-    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
-    click.option("--debug", is_flag=True, expose_value=False, help="Errors with their traceback."),
-)
-search_option = click.option(
-    "--method", type=click.Choice(METHODS), default="auto", show_default=True, help="Of the threshold search."
-)
-
-
-# ---- what options mean ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Work:
-    """The network, and where its images come from."""
-
-    options: Mapping[str, Any]
-    model: nn.Module
-    prepared: Any  # what knows how images were prepared, if anything does
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Work:
-        if options["threads"]:
-            torch.set_num_threads(options["threads"])
-        model, prepared = networks.load(options["network"], options["weights"], options["classes"])
-        try:
-            model = model.to(options["device"])
-        except RuntimeError as error:
-            first, _, _ = str(error).partition("\n")
-            raise ValueError(f"--device {options['device']}: {first}") from error
-        if options["channels_last"]:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return cls(options, model, prepared)
-
-    @property
-    def progress(self) -> bool:
-        return not self.options["quiet"]
-
-    def images(self, split: str | None = None, part: slice | None = None) -> data.Batches:
-        options = self.options
-        split = split or options["split"]
-        how = options["normalise"]
-        ready: dict[str, Any] = {"normalise": None if how == "none" else how, "size": options["size"]}
-        if how == "weights":
-            if self.prepared is None:
-                raise ValueError(
-                    "--normalise weights: these weights do not say how images were prepared; wanted imagenet, none or "
-                    "MEAN/STD, as the network was trained"
-                )
-            if options["size"]:
-                raise ValueError("--size: --normalise weights brings a size of its own; give one of the two")
-            ready = {"transform": data.transform_of(self.prepared)}
-        return data.load(
-            options["data"],
-            split=None if split == "none" else split,
-            root=options["root"],
-            part=part or options["part"],
-            batch_size=options["batch_size"],
-            workers=options["workers"],
-            channels_last=options["channels_last"],
-            download=options["download"],
-            **ready,
-        )
-
-    def restore(self, images: Tensor) -> Tensor:
-        """Images in [0, 1], to be looked at."""
-        mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in self.options["normalise"])
-        return images * std + mean
-
-    @property
-    def restores(self) -> Callable[[Tensor], Tensor] | None:
-        if self.options["normalise"] == "weights":
-            return None
-        return (lambda images: images) if self.options["normalise"] == "none" else self.restore
-
-    def load(self, file: Path) -> EarlyExit:
-        return EarlyExit.load(file, self.model)
-
-    def described(self) -> str:
-        part = self.options["part"]
-        bounds = "" if part is None else f"[{'' if part.start is None else part.start}:{part.stop or ''}]"
-        return f"{Path(self.options['data']).name}, split {self.options['split']}{bounds}"
-
-
-def _budget(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What calibrate is asked for; empty if nothing is."""
-    names = ("flops", "accuracy_drop", "latency", "milliseconds", "risk")
-    given = {name: options[name] for name in names if options[name] not in (None, ())}
-    if len(given) > 1:
-        both = " and ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise click.UsageError(f"{both} are given; wanted one budget.", click.get_current_context())
-    if options["of"] != "accuracy" and "risk" not in given:
-        raise click.UsageError("--of says what a --risk is of; give --risk with it.", click.get_current_context())
-    return given | ({"of": options["of"]} if "risk" in given else {})
 
 
 # ---- showing --------------------------------------------------------------------------------------------------------
@@ -363,9 +82,13 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else vars(value) if hasattr(value, "__dict__") else str(value)
 
 
-def _limits(thresholds: Tensor) -> list[float | None]:
-    """JSON knows no infinity: null is an exit that is off."""
-    return [None if limit == math.inf else limit for limit in thresholds.tolist()]
+def _limits(thresholds: Tensor) -> list[float | str]:
+    """JSON knows no infinity: an exit that is off fires "never", one that lets everybody out "always"."""
+    return [{math.inf: "never", -math.inf: "always"}.get(limit, limit) for limit in thresholds.tolist()]
+
+
+def _shown_limit(limit: float | str) -> str:
+    return f"{limit:.4f}" if isinstance(limit, float) else limit
 
 
 def _bar(share: float) -> str:
@@ -481,9 +204,9 @@ def fit(out: Path, **options: Any) -> None:
     The paper's method as it stands:
       e2cm fit net.e2cm --head class_means --method paper --flops 0.5
     """
-    asked = _budget(options)
+    asked = budget(options)
     if options["held_out_part"] and not options["held_out_split"]:
-        raise click.UsageError("--held-out-part is of --held-out-split; give both.", click.get_current_context())
+        raise wrong("--held-out-part is of --held-out-split; give both")
     work = Work.of(options)
     fitted_on, held_out = _fitted_on_and_held_out(work, bool(asked) or options["select"] is not None)
     example, _ = next(iter(fitted_on))
@@ -572,10 +295,9 @@ def calibrate(file: Path, out: Path | None, **options: Any) -> None:
       e2cm calibrate net.e2cm --latency 0.5 -b 32
       e2cm calibrate net.e2cm --risk 0.01 0.05 -o safe.e2cm
     """
-    asked = _budget(options)
+    asked = budget(options)
     if not asked:
-        wanted = "--flops, --accuracy-drop, --latency, --milliseconds or --risk"
-        raise click.UsageError(f"Wanted a budget: {wanted}.", click.get_current_context())
+        raise wrong("no budget is given; wanted --flops, --accuracy-drop, --latency, --milliseconds or --risk")
     work = Work.of(options)
     ee, point, record = _calibrated(work.load(file), work.images(), work, asked)
     assert point is not None
@@ -649,13 +371,13 @@ def curve(file: Path, picture: Path | None, **options: Any) -> None:
     ee = work.load(file)
     halves = report.Halves(ee, ee.record(work.images(), work.progress), work.progress, options["method"])
     base = halves.curve.base_accuracy
-    points = [(budget, halves.at(budget)) for budget in BUDGETS]
+    points = [(limit, halves.at(limit)) for limit in BUDGETS]
     if picture is not None:
         _draw(halves, picture)
     table = _table(f"{work.described()}: measured on {len(halves.judging)} samples", "budget", "FLOPs", "accuracy", "")
-    for budget, point in points:
+    for limit, point in points:
         if point is None:
-            table.add_row(f"{budget:.1f}", "", "", "cheaper than the first exit")
+            table.add_row(f"{limit:.1f}", "", "", "cheaper than the first exit")
         else:
             table.add_row(
                 f"{budget:.1f}", f"{point.flops:.4f}", f"{point.accuracy:.4f}", f"{point.accuracy - base:+.4f}"
@@ -664,7 +386,7 @@ def curve(file: Path, picture: Path | None, **options: Any) -> None:
         "data": work.described(),
         "samples": len(halves.judging),
         "network_accuracy": base,
-        "points": [{"budget": budget, **_of_point(point)} for budget, point in points if point],
+        "points": [{"budget": limit, **_of_point(point)} for limit, point in points if point],
         "all": {"flops": halves.curve.front.flops, "accuracy": halves.curve.front.accuracy},
     }
     _print(options["as_json"], result, table, f"\nthe network alone {base:.4f} at 1")
@@ -700,7 +422,7 @@ def profile(file: Path, repeats: int, save: Path | None, **options: Any) -> None
     work = Work.of(options)
     ee = work.load(file)
     images = report.first_images(work.images(), options["batch_size"])
-    found: Profile = ee.profile(images, options["batch_size"], repeats=repeats, progress=work.progress)
+    found = ee.profile(images, options["batch_size"], repeats=repeats, progress=work.progress)
     if save is not None:
         found.save(save)
     table = _table(f"microseconds per batch; {found.device}", "batches of", *map(str, found.sizes))
@@ -739,7 +461,7 @@ def bench(file: Path, rounds: int, batches: int, **options: Any) -> None:
     work = Work.of(options)
     ee = work.load(file)
     size = options["batch_size"]
-    some = list(report.first_images(work.images(), size * batches).to(options["device"]).split(size))
+    some = torch.split(report.first_images(work.images(), size * batches).to(options["device"]), size)
 
     def through(run: Callable[[Tensor], Any]) -> Callable[[], None]:
         def way() -> None:
@@ -787,7 +509,6 @@ def report_command(file: Path, out: Path, title: str | None, **options: Any) -> 
     work = Work.of(options)
     ee = work.load(file)
     images = work.images()
-    command = shlex.join(["e2cm", *sys.argv[1:]]) if "pytest" not in sys.modules else "e2cm report"
     record = report.write(
         out,
         ee,
@@ -797,7 +518,7 @@ def report_command(file: Path, out: Path, title: str | None, **options: Any) -> 
         classes=images.classes if images.classes and len(images.classes) >= ee.num_classes else None,
         restore=work.restores,
         batch_size=options["batch_size"],
-        command=_with_environment(command),
+        command=_command_line(),
         progress=work.progress,
     )
     replay = record.replay(ee.thresholds.cpu())
@@ -805,10 +526,11 @@ def report_command(file: Path, out: Path, title: str | None, **options: Any) -> 
     _print(options["as_json"], result, f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
-def _with_environment(command: str) -> str:
-    """What stands in the environment is a part of the command."""
+def _command_line() -> str:
+    """That of this command. What stands in the environment is a part of it."""
     names = sorted(name for name in os.environ if name.startswith("E2CM_") and not name.endswith("COMPLETE"))
-    return "".join(f"{name}={shlex.quote(os.environ[name])} " for name in names) + command
+    before = "".join(f"{name}={shlex.quote(os.environ[name])} " for name in names)
+    return before + shlex.join(["e2cm", *click.get_current_context().obj])
 
 
 @main.command()
@@ -825,8 +547,8 @@ def info(file: Path | None, **options: Any) -> None:
         found = report.environment()
         table = _table("this installation", "", "")
         table.columns[1].justify = "left"
-        for name, value in found.items():
-            table.add_row(name, escape(value))
+        for name, text in found.items():
+            table.add_row(name, escape(text))
         _print(options["as_json"], {"environment": found, "build": build_info()}, table)
         return
     tensors, about = files.read(file, None)
@@ -836,9 +558,9 @@ def info(file: Path | None, **options: Any) -> None:
     shown = _table(f"{file}: {kind}, format {files.FORMAT}, by e2cm_ext {about.get('package', '?')}", "", "")
     if kind == "EarlyExit":
         shown = _table(shown.title if isinstance(shown.title, str) else "", "exit", "head", "features", "threshold")
-        for name, head, limit in zip(about["exits"], about["heads"], tensors["thresholds"].tolist(), strict=True):
+        for name, head, limit in zip(about["exits"], about["heads"], _limits(tensors["thresholds"]), strict=True):
             features = "x".join(map(str, head["feature_shape"]))
-            shown.add_row(escape(name), head["kind"], features, "off" if limit == math.inf else f"{limit:.4f}")
+            shown.add_row(escape(name), head["kind"], features, _shown_limit(limit))
     else:
         shown.columns[1].justify = "left"
         for name, value in tensors.items():
@@ -857,7 +579,7 @@ def demo_command(out: Path, flops: float, small: bool, **options: Any) -> None:
     \b
       pip install 'e2cm_ext[demo]' && e2cm demo
     """
-    rows = demo.run(out, flops=flops, small=small, progress=not options["quiet"])
+    rows = demo.run(out, flops=flops, small=small, command=_command_line(), progress=not options["quiet"])
     table = _table(
         f"handwritten digits, FLOPs {flops:g} asked for", "", "accuracy", "FLOPs", "time [10%, 90%]", "exits used"
     )

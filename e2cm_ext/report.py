@@ -18,8 +18,6 @@ import math
 import os
 import platform
 import re
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -77,7 +75,7 @@ def write(
     batch_size: int = 128,
     profile: Profile | None = None,
     compared: Sequence[Compared] = (),
-    command: str | None = None,
+    command: str = "",
     progress: bool = True,
 ) -> Record:
     """Looks at the samples of the loader, measures, and writes the report; returns the record.
@@ -85,7 +83,7 @@ def write(
     data: a line on what the samples are. classes: their names. restore: makes of a batch as the network takes it
     images in [0, 1], [B, C, H, W], to be looked at; without it every image is stretched to that range. profile: of the
     times of stages and exits, else they are measured. compared: other ways to be put beside this one. command: what
-    made the report; by default this process's own command line. What was at `path` stays until the new is complete.
+    made the report. What was at `path` stays until the new file is complete.
     """
     refuse_no_matplotlib()
     record = ee.record(loader, progress)
@@ -107,7 +105,7 @@ def write(
         curves={each.name: each.curve for each in compared if each.curve is not None} or {"": page.halves.curve},
         gallery=page.gallery(loader, restore),
         environment=environment(ee),
-        command=command or shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        command=command,
     )
     with files.whole(path) as file:
         file.write(html.encode())
@@ -296,7 +294,8 @@ class _Page:
 
     def exits(self) -> list[_Exit]:
         heads = [str(head.kind).replace("_", " ") for head in self.ee._heads()]
-        limits = ["off" if limit == math.inf else f"{limit:.4f}" for limit in self.limits.tolist()]
+        named = {math.inf: "never", -math.inf: "always"}
+        limits = [named.get(limit, f"{limit:.4f}") for limit in self.limits.tolist()]
         rows = []
         for j, name in enumerate((*self.record.names, "the network itself")):
             here = self.replay.exit == j
@@ -432,7 +431,8 @@ def _address(image: Tensor) -> str:
 def _table(page: _Page, times: Mapping[str, Ratio], compared: Sequence[Compared]) -> list[Compared]:
     if compared:
         return list(compared)
-    used = f"{int(page.replay.exit.unique().lt(page.record.exits).sum())} of {page.record.exits}"
+    leavers = page.replay.exit.bincount(minlength=page.record.exits + 1)[:-1]
+    used = f"{int((leavers > 0).sum())} of {page.record.exits}"
     return [
         Compared("the network alone", page.base_accuracy, 1.0, Ratio(1.0, 1.0, 1.0)),
         Compared("with its exits", page.replay.accuracy, page.replay.flops, times["set"], used),
@@ -450,7 +450,7 @@ _COLOURS = {
     "#2ca02c": "var(--green)",
     "#d62728": "var(--red)",
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "font.size": 9,
     "axes.titlesize": 10,
