@@ -18,12 +18,14 @@ from . import profile as timing
 from ._native import build_info
 from .calibration import Curve, Method, OperatingPoint
 from .combination import Combination
+from .compaction import Compaction
+from .compiled import Compiled
 from .cost import Costs
 from .decisions import Decisions
 from .guarantee import Of
 from .heads import Head, build, from_config
 from .passes import Loader
-from .profile import Profile, check_batch_size
+from .profile import Profile, TimedPoint, check_batch_size
 from .record import Record, threshold_vector
 from .rules import Rule
 from .rules import rule as rule_named
@@ -91,6 +93,8 @@ class EarlyExit(nn.Module):
     # so a record, in which all are on, tells what happens as long as all thresholds are finite: `calibrate` sees to it.
     combination: Combination | None = None
     selection: Selection | None = None  # what `select` found, in the network that it made; not saved
+    compaction: Compaction  # when inference moves survivors together: by FLOPs, or by the last profile; not saved
+    _compiled: Compiled | None = None  # what `compile` made of the stages; not saved, not copied
 
     def __init__(
         self,
@@ -128,6 +132,9 @@ class EarlyExit(nn.Module):
         self.register_buffer("thresholds", torch.full((len(heads),), math.inf, dtype=torch.float32, device=device))
         self._image_shape, self._image_dtype = image_shape, image_dtype
         self._seen: Seen | None = None  # when the heads were fitted; not saved
+        self.compaction = Compaction.by_flops(
+            costs.stages, [image_dtype.itemsize * math.prod(head.feature_shape) for head in heads]
+        )
         # Asked before every batch whether the model has been put into train mode behind our back.
         self._leaves = tuple(m for m in stages.modules() if type(m) is not nn.Module and not any(m.children()))
         self.eval()
@@ -240,11 +247,13 @@ class EarlyExit(nn.Module):
         """How long every stage and every exit step takes here, at batch sizes 1, 2, 4, ... up to `batch_size`.
 
         images: a batch to run; a smaller one is repeated. Medians of `repeats` rounds; see `e2cm_ext.profile`.
+        Inference goes by it from then on where it has to choose between moving survivors together and carrying on with
+        those who have left; that changes no answer.
         """
         placed = passes.placed(images, self.stages)
         self._limits(placed)
         self._refuse_unfitted([-math.inf] * len(self.heads))
-        return timing.measure(
+        found = timing.measure(
             self._heads(),
             self.rule,
             self._walk,
@@ -254,6 +263,19 @@ class EarlyExit(nn.Module):
             repeats=repeats,
             progress=progress,
         )
+        self.compaction = Compaction.by_time(found)
+        return found
+
+    def plan(self, record: Record, profile: Profile, batch_size: int = 128) -> TimedPoint:
+        """Switches off the exits that cost more time than they save at this batch size; returns what it has set.
+
+        That changes answers: who would have left at such an exit leaves at a later one. So it is never done unasked;
+        accuracy and FLOPs of the point returned are those of the record without these exits.
+        """
+        self._refuse_foreign(record)
+        point = timing.paying(record, profile, self.thresholds, batch_size)
+        self.thresholds = point.thresholds
+        return point
 
     def evaluate(self, loader: Iterable[Any], progress: bool = True) -> Evaluation:
         """Runs the network with its exits: accuracy, mean FLOPs per sample, and how many samples left where."""
@@ -310,6 +332,30 @@ class EarlyExit(nn.Module):
         chosen.combination = self.combination and self.combination.at_exits(numbers)
         return chosen
 
+    # ---- compiled ---------------------------------------------------------------------------------------------------
+
+    def compile(  # type: ignore[override]
+        self, *, fold: bool = False, channels_last: bool = False, **options: Any
+    ) -> Self:
+        """Everything that runs the network runs its stages through torch.compile from now on; returns self.
+
+        Each stage is compiled when it is first run: once for batches of any size, once for a single image. options: of
+        torch.compile (mode, backend, options, ...). As with nn.Module.compile, copies are not compiled, and neither is
+        what `load` makes. Answers differ from those of the model by rounding; calibrate after compiling.
+
+        fold: every convolution does the work of the batch normalisation behind it. channels_last: weights and images in
+        that memory order. Both are done to copies of the stages: the model stays as it is, and what is done to its
+        weights later is not seen until `compile` is called again; .to() and the like are.
+        """
+        self._refuse_train_mode("compile")
+        self._compiled = Compiled(self.stages, fold=fold, channels_last=channels_last, options=options)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_compiled", None)
+        return state
+
     # ---- answering --------------------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Tensor:
@@ -317,13 +363,10 @@ class EarlyExit(nn.Module):
         top-k or cross-entropy. They carry a gradient if no exit is active."""
         limits = self._limits(images)
         if limits is None:
-            log_probs: Tensor = self.stages(images).log_softmax(1)
+            log_probs: Tensor = (self._compiled or self.stages)(images).log_softmax(1)
             return log_probs
         with torch.no_grad():
-            gone = cascade.through(
-                self.stages, self._heads(), self.rule, limits, images, self.num_classes, self.combination
-            )
-            log_probs = gone.log_probs()
+            log_probs = self._through(images, limits).log_probs()
         return log_probs
 
     @torch.no_grad()
@@ -333,8 +376,19 @@ class EarlyExit(nn.Module):
         The exit of who never leaves early is M, the number of exits: the network itself. Confidence is the largest
         probability, whatever the rule.
         """
-        limits = self._limits(images) or [math.inf] * len(self.heads)
-        return cascade.run(self.stages, self._heads(), self.rule, limits, images, self.num_classes, self.combination)
+        return self._through(images, self._limits(images) or [math.inf] * len(self.heads)).result()
+
+    def _through(self, images: Tensor, limits: Sequence[float]) -> cascade.Cascade:
+        return cascade.through(
+            self._compiled or self.stages,
+            self._heads(),
+            self.rule,
+            limits,
+            images,
+            self.num_classes,
+            compaction=self.compaction,
+            combination=self.combination,
+        )
 
     @overload
     def predict_stream(
@@ -400,7 +454,7 @@ class EarlyExit(nn.Module):
         limits: list[float] = self.thresholds.tolist()
         self._refuse_unfitted(limits)
         stream = Stream(
-            self.stages,
+            self._compiled or self.stages,
             self._heads(),
             self.rule,
             limits,
@@ -460,6 +514,8 @@ class EarlyExit(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.thresholds
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._compiled is not None and self._compiled.own is not None:
+            self._compiled.own._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.thresholds.dtype is not torch.float32:  # .half() is for features; a rounded threshold decides otherwise
             self._buffers["thresholds"] = before.to(self.thresholds.device)
         return self
@@ -564,7 +620,8 @@ class EarlyExit(nn.Module):
 
     def _walk(self, images: Tensor, visit: passes.Visit, *, logits: bool) -> Tensor:
         x = images
-        *early, last = self.stages
+        stages: Iterable[cascade.Stage] = self._compiled or self.stages
+        *early, last = stages
         for j, stage in enumerate(early):
             x = stage(x)
             visit(j, x)

@@ -65,6 +65,8 @@ class Head(nn.Module):
         super().__init_subclass__(**kwargs)
         cls.kind = kind or cls.__name__
         KINDS[cls.kind] = cls
+        if "step" in vars(cls) and "decide" not in vars(cls):  # what is inherited may decide otherwise
+            cls.decide = Head.decide  # type: ignore[method-assign]
 
     def __init__(self, num_classes: int, feature_shape: Sequence[int]) -> None:
         super().__init__()
@@ -178,6 +180,15 @@ class Head(nn.Module):
         if isinstance(rule, Gate):
             return leave(x, *self.gate(x), threshold, ids, out, exit)
         return _leave(x, self(x), threshold, ids, out, rule, exit)
+
+    def decide(
+        self, x: Tensor, threshold: float | Tensor, ids: Tensor, out: Decisions, *, rule: Rule, exit: int
+    ) -> Tensor:
+        """`step` for who does not want anybody moved: the same bits in `out`, and the ids of the samples that stay.
+
+        The runtime asks only heads whose own way of it is quicker: moving survivors is most of what a step does.
+        """
+        return self.step(x, threshold, ids, out, rule=rule, exit=exit)[1]
 
     def flops(self) -> int:
         """Floating-point operations per sample: by default what torch's counter sees in forward(), see cost.py."""

@@ -5,6 +5,7 @@ E2CM_CAREFUL=1 shuts the native way of csrc/usual_call.cpp, as if every call wer
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ settings.register_profile("steady", derandomize=True, deadline=None, database=No
 settings.register_profile("explore", deadline=None, database=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
+# A shell that starts tests in the background lets them ignore Ctrl-C, and they would wait for it for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if os.environ.get("E2CM_CAREFUL"):
     ops._usual_exit_step = ops._usual_decide = lambda *_: None

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import cascade, passes
+from .. import calibration, cascade, passes
 from ..calibration import Curve
 from ..combination import Combination
 from ..early_exit import EarlyExit
 from ..record import Record
-from ..search import Search, hull, progress_bar, unbeaten
 from ..stages import Stages
 from . import training
 from .learned import LearnedHead
@@ -189,13 +188,7 @@ def curve(record: Record, count: int = 1000, progress: bool = False) -> Curve:
     which = torch.linspace(0, len(every) - 1, count, dtype=torch.float64).round().long()
     never = torch.full((record.exits,), torch.finfo(torch.float32).max)
     limits = [at_least(value, record.exits) for value in sorted(set(every[which].tolist()))]
-    with progress_bar(progress, "one threshold", record.exits + 1) as bar:
-        search = Search(record)
-        search.sort(bar)
-        points = search.replay(torch.stack([*limits, never]))
-        bar.update(1)
-    front = points.pick(unbeaten(points))
-    return Curve(*front.pick(hull(front)), float(record.accuracy[-1]), record.names, record.rule, front=front)
+    return calibration.curve_of(record, torch.stack([*limits, never]), progress)
 
 
 # ---- overthinking ---------------------------------------------------------------------------------------------------

@@ -40,8 +40,21 @@ from ..early_exit import EarlyExit, fingerprint
 from .learned import LearnedHead
 
 __all__ = [
-    "Cached", "Features", "Joint", "Learners", "Loss", "Outputs", "cache", "falling", "finish", "run", "same", "seeded",
-]  # fmt: skip
+    "Cached",
+    "Features",
+    "Joint",
+    "Learners",
+    "Loss",
+    "Outputs",
+    "cache",
+    "falling",
+    "finish",
+    "generator",
+    "rank",
+    "run",
+    "same",
+    "seeded",
+]
 
 Outputs = list[Any]  # M outputs of heads (logits, or tuples that begin with them), and the network's logits
 Loss = Callable[[Outputs, Tensor, int], Tensor]  # outputs, labels, number of the epoch (from 0) -> a scalar
@@ -159,8 +172,8 @@ class Cached:
         self, features: list[Tensor], labels: Tensor, batch_size: int = 128, seed: int = 0, variants: int = 1
     ) -> None:
         self.features, self.labels, self.batch_size, self.seed = features, labels, batch_size, seed
-        self._variants, self._count = variants, len(labels) // variants
-        if not torch.equal(labels, labels[: self._count].repeat(variants)):
+        self._variants, self.count = variants, len(labels) // variants
+        if not torch.equal(labels, labels[: self.count].repeat(variants)):
             raise ValueError(f"`variants` is {variants}; the labels are not so many times the same")
         self._epoch = 0
 
@@ -168,17 +181,22 @@ class Cached:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(self._count / self.batch_size)
+        return math.ceil(self.count / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        generator = _generator(self.seed, self._epoch)
-        order = torch.randperm(self._count, generator=generator)
-        order += self._count * torch.randint(self._variants, (self._count,), generator=generator)
-        rank, size = _rank()
+        order = torch.randperm(self.count, generator=generator(self.seed, self._epoch, 0))
+        order = self.drawn()[order]
+        own, processes = rank()
         for first in range(0, len(order), self.batch_size):
-            rows = order[first : first + self.batch_size]
-            mine = rows[rank::size]
-            yield [column[mine].float() for column in self.features], self.labels[mine]
+            yield self.batch(order[first : first + self.batch_size][own::processes])
+
+    def drawn(self) -> Tensor:
+        """[samples]: in which row each sample's variant of this epoch stands."""
+        which = torch.randint(self._variants, (self.count,), generator=generator(self.seed, self._epoch, 1))
+        return torch.arange(self.count) + self.count * which
+
+    def batch(self, rows: Tensor) -> tuple[list[Tensor], Tensor]:
+        return [column[rows].float() for column in self.features], self.labels[rows]
 
 
 def cache(
@@ -335,7 +353,7 @@ def run(
     kind = device.type
     if precision is None and kind == "cuda" and torch.cuda.is_bf16_supported():
         precision = torch.bfloat16
-    rank, processes = _rank()
+    own, processes = rank()
     called: nn.Module = DistributedDataParallel(module) if processes > 1 else module
     scaler = torch.amp.GradScaler(kind, enabled=precision is torch.float16)
     state = _State(module, optimizer, schedule, scaler, epochs, seed)
@@ -347,9 +365,9 @@ def run(
         try:
             for epoch in range(state.epoch, epochs):
                 _announce(loader, epoch)
-                torch.manual_seed(_mixed(seed, epoch, rank))
+                torch.manual_seed(_mixed(seed, epoch, own))
                 written = time.monotonic()
-                with _bar(loader, f"epoch {epoch + 1} of {epochs}", progress and rank == 0) as batches:
+                with _bar(loader, f"epoch {epoch + 1} of {epochs}", progress and own == 0) as batches:
                     for number, (inputs, labels) in enumerate(batches):
                         if number < state.batch:  # this run goes on from a checkpoint
                             if number == state.batch - 1:
@@ -369,7 +387,7 @@ def run(
                 if schedule is not None:
                     schedule.step()
                 state.close_epoch()
-                if checkpoint is not None and rank == 0:
+                if checkpoint is not None and own == 0:
                     state.save(Path(checkpoint), devices)
         finally:
             module.eval()
@@ -463,7 +481,8 @@ class _State:
 # ---- small parts ----------------------------------------------------------------------------------------------------
 
 
-def _rank() -> tuple[int, int]:
+def rank() -> tuple[int, int]:
+    """Which process this is, of how many."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -474,7 +493,8 @@ def _mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _generator(*numbers: int) -> torch.Generator:
+def generator(*numbers: int) -> torch.Generator:
+    """Whose numbers follow from these."""
     return torch.Generator().manual_seed(_mixed(*numbers))
 
 
