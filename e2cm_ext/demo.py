@@ -1,8 +1,9 @@
 """All of it on a small scale: a residual network is trained on scikit-learn's digits, gets exits, and is measured.
 
-The digits, 8x8, lie anywhere on a noisy canvas of 12x12: as they are, the first layer knows nearly all of them. Of the 1,797 digits 1,000 train the network and fit the exits, 350 find the thresholds, and 447 are reported on, in
-two places each. The paper's method, ours and a trained rival (SDN) stand on the same network and are asked for the same
-FLOPs; each is timed against the network, in turns.
+The digits, 8x8, lie anywhere on a noisy canvas of 12x12: as they are, the first layer knows nearly all of them. Of the
+1,797 digits 1,000 train the network and fit the exits, 350 find the thresholds, and 447 are reported on, in two places
+each. The paper's method, ours and a trained rival (SDN) stand on the same network and are asked for the same FLOPs;
+each is timed against the network, in turns.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def run(
         ways[-1].ee,
         parts.test,
         title="Handwritten digits, a small residual network",
-        data="scikit-learn's digits on a noisy canvas, which neither the network nor its exits nor their thresholds have seen",
+        data="scikit-learn's digits on a noisy canvas, not seen by the network, its exits or their thresholds",
         classes=parts.test.classes,
         restore=lambda images: images,
         batch_size=_BATCH,

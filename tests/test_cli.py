@@ -23,6 +23,8 @@ from e2cm_ext import networks
 from e2cm_ext.cli import main
 
 NET = """
+    from pathlib import Path
+
     import torch
     from torch import nn
 
@@ -39,6 +41,11 @@ NET = """
         stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU())
         end = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, classes))
         return nn.Sequential(stem, Block(width), Block(width), end), "something else"
+
+    def trained():
+        model, _ = make()
+        model.load_state_dict(torch.load(Path(__file__).with_name("net.pt")))
+        return model
 
     def wrong():
         return 3
@@ -60,13 +67,21 @@ def folder(tmp_path_factory):
         path / "digits.npz", x_train=images[:600], y_train=labels[:600], x_test=images[600:1000],
         y_test=labels[600:1000], classes=names,
     )  # fmt: skip
-    torch.save(networks.load(f"{path}/net.py:make")[0].state_dict(), path / "net.pt")
+    model = networks.load(f"{path}/net.py:make")[0]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    x, y = torch.from_numpy(images[:600])[:, None].float() / 255, torch.from_numpy(labels[:600])
+    for step in range(60):
+        rows = slice(step % 6 * 100, step % 6 * 100 + 100)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    torch.save(model.state_dict(), path / "net.pt")
     fitted = run("fit", path / "net.e2cm", *what(path), "--flops", 0.7)
     assert fitted.exit_code == 0, fitted.stderr
     return path
 
 
-def what(path, network="make"):
+def what(path, network="trained"):
     return ("-n", f"{path}/net.py:{network}", "-d", path / "digits.npz", "--normalise", "none", "-q")
 
 
@@ -99,7 +114,7 @@ def start(*arguments, **rest):
 
 
 def test_fit_writes_what_the_package_would_have_fitted(folder):
-    model, _ = networks.load(f"{folder}/net.py:make")
+    model, _ = networks.load(f"{folder}/net.py:trained")
     train = e2cm.data.load(folder / "digits.npz", normalise=None)
     fitted_on, held_out = e2cm.data.split(train, [0.9, 0.1])
     ee = e2cm.EarlyExit(model, next(iter(train))[0][:1]).fit(fitted_on, progress=False)
@@ -123,7 +138,7 @@ def test_fit_says_what_comes_next(folder, tmp_path):
 
 def test_evaluate_agrees_with_the_package(folder):
     found = answer("evaluate", folder / "net.e2cm", *what(folder), "--part", "100:")
-    model, _ = networks.load(f"{folder}/net.py:make")
+    model, _ = networks.load(f"{folder}/net.py:trained")
     ee = e2cm.EarlyExit.load(folder / "net.e2cm", model)
     test = e2cm.data.load(folder / "digits.npz", split="test", normalise=None, part=slice(100, None))
     wanted = ee.evaluate(test, progress=False)
@@ -156,7 +171,7 @@ def test_calibrate_for_every_budget(folder, tmp_path, budget, holds):
     assert (folder / "net.e2cm").read_bytes() == before
     limits = answer("info", out)
     assert limits["kind"] == "EarlyExit"
-    loaded = e2cm.EarlyExit.load(out, networks.load(f"{folder}/net.py:make")[0])
+    loaded = e2cm.EarlyExit.load(out, networks.load(f"{folder}/net.py:trained")[0])
     assert [{inf: "never", -inf: "always"}.get(v, v) for v in loaded.thresholds.tolist()] == found["point"][
         "thresholds"
     ]
@@ -201,7 +216,11 @@ def test_info(folder):
 
 
 def test_what_stands_in_the_environment_need_not_be_said(folder):
-    there = {"E2CM_NETWORK": f"{folder}/net.py:make", "E2CM_DATA": str(folder / "digits.npz"), "E2CM_NORMALISE": "none"}
+    there = {
+        "E2CM_NETWORK": f"{folder}/net.py:trained",
+        "E2CM_DATA": str(folder / "digits.npz"),
+        "E2CM_NORMALISE": "none",
+    }
     assert run("evaluate", folder / "net.e2cm", "-q", env=there).exit_code == 0
 
 
@@ -266,7 +285,7 @@ def replaced(words, option, value):
     ("option", "value", "said"),
     [
         ("-n", "net.py:make", "there is no file net.py"),
-        ("-n", "HERE/net.py:nothing", "has no 'nothing'; it has Block, fails, make, wrong"),
+        ("-n", "HERE/net.py:nothing", "has no 'nothing'; it has Block, Path, fails, make, trained, wrong"),
         ("-n", "HERE/net.py:make(open('x'))", "plain values"),
         ("-n", "HERE/net.py:make(", "names no function"),
         ("-n", "HERE/net.py:wrong", "has made a int; wanted a torch.nn.Module"),
@@ -353,10 +372,10 @@ def test_as_a_program(folder):
 
 SLOW = """
     import pathlib, time
-    from net import make as quick
+    from net import trained
 
     def make():
-        model, _ = quick()
+        model = trained()
 
         def wait(*_):
             pathlib.Path(__file__).with_name("started").touch()
