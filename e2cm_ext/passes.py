@@ -41,16 +41,26 @@ class Loader(NamedTuple):
     num_classes: int
     image_shape: tuple[int, ...] | None = None
     progress: bool = True
+    answers: Callable[[Tensor], Tensor] | None = None  # to images: they take the place of labels, which may be missing
 
     def run(self, what: str, finite: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over it, with a progress bar that says `what`. `finite`: images with a NaN are refused."""
         device, _ = place_of(self.network)
         batches = data.checked(
-            self.batches, num_classes=self.num_classes, image_shape=self.image_shape, device=device, finite=finite
+            self.batches,
+            num_classes=self.num_classes,
+            image_shape=self.image_shape,
+            device=device,
+            labels=self.answers is None,
+            finite=finite,
         )
         with self._bar(batches, what) as bar:
             for images, labels in bar:
-                yield placed(images, self.network), labels
+                x = placed(images, self.network)
+                if self.answers is not None:
+                    labels = self.answers(x.clone())  # a network may overwrite what it is given
+                assert labels is not None
+                yield x, labels
 
     def images(self, what: str) -> Iterator[Tensor]:
         """One pass over the images alone, those of batches without a sample, too: there may be labels, or not."""
@@ -85,6 +95,11 @@ def placed(images: Tensor, network: nn.Module) -> Tensor:
     return images.to(device, dtype if images.is_floating_point() else images.dtype)
 
 
+def no_labels(images: Tensor) -> Tensor:
+    """In the place of those that nobody looks at."""
+    return torch.zeros(len(images), dtype=torch.int64, device=images.device)
+
+
 def refuse_train_mode(network: nn.Module, what: str) -> None:
     for name, module in network.named_modules():
         if module.training:
@@ -102,11 +117,7 @@ def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> tuple[list[Head], 
     Fitted ones are copied first; so if anything goes wrong on the way, or Ctrl-C comes, `heads` know what they knew.
     """
     passes = max(head.passes for head in heads)
-    if passes > 1 and isinstance(loader.batches, Iterator):
-        raise TypeError(
-            f"`loader` is a {type(loader.batches).__name__}, which can be run through only once; fit needs {passes} "
-            "passes: give a DataLoader or a list, or heads that need one pass"
-        )
+    refuse_used_up(loader, passes)
     fresh = [copy.deepcopy(head) if head.fitted else head for head in heads]
     seen = Seen()
     try:
@@ -119,6 +130,14 @@ def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> tuple[list[Head], 
         raise
     _warn_of_empty_classes(fresh[0])
     return fresh, seen
+
+
+def refuse_used_up(loader: Loader, passes: int) -> None:
+    if passes > 1 and isinstance(loader.batches, Iterator):
+        raise TypeError(
+            f"`loader` is a {type(loader.batches).__name__}, which can be run through only once; fit needs {passes} "
+            "passes: give a DataLoader or a list, or heads that need one pass"
+        )
 
 
 def _one_pass(heads: Sequence[Head], walk: Walk, loader: Loader, turn: int, passes: int, seen: Seen) -> None:
