@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-__all__ = ["FORMAT", "bytes_of", "read", "write"]
+__all__ = ["FORMAT", "bytes_of", "read", "replacing", "write"]
 
 FORMAT = 1  # of what stands in the file; a change that an old reader would misunderstand makes it 2
 _OPENING = b'{"__metadata__":{"e2cm_ext":"'
@@ -42,12 +42,19 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
     It is made under another name in the same folder and takes its name when it is complete: if the disk is full or
     Ctrl-C comes, what was there before is still there, and nothing else.
     """
+    with replacing(path) as file:
+        _write(file, kind, tensors, info)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of what is at `path` if nothing goes wrong until the end."""
     path = Path(os.path.realpath(path))
     # Not by tempfile: its files are for their owner only, and the new name would keep that.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "xb") as file:
-            _write(file, kind, tensors, info)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
