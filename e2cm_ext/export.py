@@ -122,7 +122,7 @@ def _writer(format: Format) -> Callable[[torch.export.ExportedProgram, Tensor], 
     if format != "onnx":
         return _torch_program if format == "torch" else _compiled_program
     try:
-        import onnxscript  # type: ignore[import-untyped,import-not-found,unused-ignore]  # noqa: F401
+        import onnxscript  # noqa: F401
     except ImportError:
         raise ImportError(
             'format="onnx" needs onnx and onnxscript: pip install "e2cm_ext[onnx]", or take format="torch"'

@@ -78,7 +78,7 @@ class _Linear(nn.Module):
 
 
 class _Means(nn.Module):
-    """-|x - mean| / scale. |x - mean|^2 as |x|^2 - 2 x mean + |mean|^2, of x less the average of the means: without that
+    """-|x - mean| / scale, with |x - mean|^2 as |x|^2 - 2 x mean + |mean|^2, of x less the average of the means: else
     the difference would be lost in the rounding of its terms."""
 
     means: Tensor
@@ -136,7 +136,8 @@ class Features(nn.Module):
         self.wanted = wanted
         if wanted is None:
             return
-        self.map = channels, rows, columns = wanted.map_of(shape)
+        self.map = wanted.map_of(shape)
+        channels = self.map[0]
         self.dense = channels <= _DENSE * wanted.pairs
         first = torch.arange(channels)
         which = [first * channels + (first + o) % channels for o in range(wanted.pairs)]

@@ -101,7 +101,7 @@ class OnnxCascade:
         providers: Sequence[Any] = ("CPUExecutionProvider",),
         options: Any = None,
     ) -> None:
-        import onnxruntime as ort  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        import onnxruntime as ort
 
         if options is None:
             options = ort.SessionOptions()

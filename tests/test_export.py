@@ -329,7 +329,7 @@ def test_what_is_not_a_whole_package_is_refused(packed, tmp_path):
     refused(path, b"something else", "is not a package of e2cm_ext: it does not begin like one")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "a")
-    with pytest.raises(ValueError, match="a zip file without manifest.json"):
+    with pytest.raises(ValueError, match="a zip file without manifest"):
         runner.Package(path)
     with pytest.raises(FileNotFoundError):
         runner.Package(tmp_path / "nowhere.zip")

@@ -44,15 +44,15 @@ def _decoded(text: Any) -> bytes:
         raise ValueError(f"wanted a string in base64: {error}") from None
 
 
-class Image(BaseModel):
+class Image(BaseModel):  # type: ignore[misc]
     """A request."""
 
     image: Annotated[bytes, BeforeValidator(_decoded)]
 
 
-class EarlyExitAPI(litserve.LitAPI):
-    """network: the path of a package, or a function that makes an EarlyExit in the worker. shape and dtype: of one image
-    as clients send it; `prepare` makes of a batch of these what the network takes. threads: of each worker."""
+class EarlyExitAPI(litserve.LitAPI):  # type: ignore[misc]
+    """network: the path of a package, or a function that makes an EarlyExit in the worker. shape and dtype: of one
+    image as clients send it; `prepare` makes of a batch of these what the network takes. threads: of each worker."""
 
     def __init__(
         self,
@@ -127,21 +127,22 @@ def serve(
     port: int = 8000,
     workers: int = 1,
     timeout: float = 30.0,
+    body_timeout: float = 10.0,
     max_bytes: int | None = None,
     log_level: str = "warning",
     **options: Any,
 ) -> None:
     """Serves until it is stopped (Ctrl-C, SIGTERM).
 
-    shape: of one image, if `network` is a function; a package knows it. timeout: seconds that a request may take, and
-    that its body may take to come. max_bytes: of a body; by default four times what an image takes. options: those of
-    EarlyExitAPI.
+    shape: of one image, if `network` is a function; a package knows it. timeout: seconds that a request may wait for a
+    worker (504). body_timeout: seconds that its body may take to come. max_bytes: of a body; by default four times
+    what an image takes. options: those of EarlyExitAPI.
     """
     api = EarlyExitAPI(network, _shape_of(network) if shape is None else shape, **options)
     limits = {
         "counts": api.counts,
         "max_bytes": 4 * api.bytes_of_image + 1024 if max_bytes is None else max_bytes,
-        "seconds": timeout,
+        "seconds": body_timeout,
     }
     server = litserve.LitServer(
         api, accelerator="cpu", workers_per_device=workers, timeout=timeout, middlewares=[(Gate, limits)]
@@ -249,12 +250,12 @@ class Counts:
 
     def collect(self) -> Iterator[Any]:
         requests = CounterMetricFamily("e2cm_requests", "Answered and refused", labels=["status"])
-        for status, count in zip(self.STATUSES, self._statuses, strict=True):
+        for status, count in zip(self.STATUSES, self._statuses[:], strict=True):
             if count:
                 requests.add_metric([str(status or "other")], count)
         yield requests
         exits = CounterMetricFamily("e2cm_exits", "Images that left at an exit", labels=["exit"])
-        for exit, count in enumerate(self._exits):
+        for exit, count in enumerate(self._exits[:]):
             if count:
                 exits.add_metric([str(exit)], count)
         yield exits
@@ -262,8 +263,8 @@ class Counts:
             ("e2cm_request_seconds", "From the first byte to the last", self.SECONDS, self._seconds),
             ("e2cm_batch_size", "Images that were run together", self.SIZES, self._sizes),
         ):
-            *counts, total = values
-            sums = np.cumsum(counts).tolist()
+            *each, total = values[:]
+            sums = np.cumsum(each).tolist()
             names = ["+Inf" if limit == math.inf else str(limit) for limit in limits]
             yield HistogramMetricFamily(name, about, list(zip(names, sums, strict=True)), total)
 
