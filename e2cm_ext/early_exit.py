@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import calibration, cascade, combination, files, passes, selection
+from . import calibration, cascade, combination, files, passes, processes, selection
 from . import profile as timing
 from ._native import build_info
 from .calibration import Curve, Method, OperatingPoint
@@ -23,6 +23,7 @@ from .compaction import Compaction
 from .compiled import Compiled
 from .cost import Costs
 from .decisions import Decisions
+from .export import Format, export
 from .guarantee import Of
 from .heads import Head, build, from_config
 from .passes import Loader
@@ -322,14 +323,16 @@ class EarlyExit(nn.Module):
 
     def evaluate(self, loader: Iterable[Any], progress: bool = True) -> Evaluation:
         """Runs the network with its exits: accuracy, mean FLOPs per sample, and how many samples left where."""
-        leavers = torch.zeros(len(self.stages), dtype=torch.int64)
-        correct = 0
+        # The last number: of right answers.
+        tally = torch.zeros(len(self.stages) + 1, dtype=torch.int64, device=self.thresholds.device)
         own = None if self.labelled else lambda images: self.stages(images).argmax(1)
-        for images, labels in self._loader(loader, progress, own).run("evaluate"):
-            decisions = self.predict(images)
-            correct += int((decisions.prediction == labels).sum())
-            leavers += decisions.exit.bincount(minlength=len(leavers)).cpu()
-        count = int(leavers.sum())
+        with processes.in_step("evaluate"):
+            for images, labels in self._loader(loader, progress, own).run("evaluate"):
+                decisions = self.predict(images)
+                tally[-1] += (decisions.prediction == labels).sum()
+                tally[:-1] += decisions.exit.bincount(minlength=len(self.stages))
+        *exits, correct = processes.total(tally).tolist()
+        leavers, count = torch.tensor(exits, device="cpu"), sum(exits)
         if not count:
             raise ValueError("the loader gave no sample: all its batches are empty")
         fractions = _with_heads_on(self.costs, self.thresholds.tolist()).fractions
@@ -660,6 +663,18 @@ class EarlyExit(nn.Module):
             loaded.combination = combination.from_config(info["combination"])
         loaded.labelled = info.get("labelled", True)
         return loaded
+
+    def export(self, path: str | os.PathLike[str], format: Format = "onnx", *, progress: bool = True) -> dict[str, Any]:
+        """The network with its exits as they are set now, in one file for another runtime; returns its manifest.
+
+        format="onnx": for ONNX Runtime; `e2cm_ext.runner.OnnxCascade` runs it, a file that needs no torch.
+        format="torch": programs of torch.export, and "aoti": the same, compiled by AOTInductor for this machine (that
+        needs a C++ compiler and some time); `e2cm_ext.deploy.TorchCascade` runs both, without the network's own code.
+
+        There is a program per stage, for any batch size, with the head of the exit behind it; samples that leave are
+        not computed any further. Exits that are off are left out. Thresholds can be set anew in the runner.
+        """
+        return export(self, path, format, progress=progress)
 
     # ---- small parts ------------------------------------------------------------------------------------------------
 
