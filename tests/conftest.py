@@ -8,6 +8,7 @@ their blocks run on the CPU, see csrc/tests/emulation.h.
 
 import contextlib
 import os
+import signal
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ settings.register_profile("brief", derandomize=True, deadline=None, database=Non
 settings.register_profile("explore", deadline=None, database=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
+# A shell that starts tests in the background lets them ignore Ctrl-C, and they would wait for it for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if os.environ.get("E2CM_CAREFUL") or os.environ.get("E2CM_EMULATED"):
     ops._usual_exit_step = ops._usual_decide = ops._usual_linear_step = lambda *_: None
