@@ -14,6 +14,9 @@ from pathlib import Path
 FAT_BINARY = struct.Struct("<IHHQ")  # magic, version, size of this header, size of all pieces
 MAGIC = 0xBA55ED50
 PIECE = struct.Struct("<HHIQ12xI")  # kind, version, size of this header, size of what follows; architecture
+KERNELS = (
+    "few_sums|many_products|many_answers|answer_scores|cell_statistics|pair_statistics|kept_rows|count_kept|gather_rows"
+)
 KINDS = {1: "ptx", 2: "sm"}
 
 
@@ -26,8 +29,7 @@ def resources(log: str) -> list[str]:
     )
     lines = []
     for name, arch, stack, stores, loads, registers in entry.findall(log):
-        short = re.sub(r".*?(few_sums|many_\w+?|answer_scores|cell_statistics|pair_statistics|kept_rows|count_kept|"
-                       r"gather_rows)(?=E|I).*", r"\1", name)  # fmt: skip
+        short = re.sub(rf".*({KERNELS}).*", r"\1", name)
         bad = " SPILLS" if int(stack) + int(stores) + int(loads) else ""
         lines.append(f"{arch} {short}: {registers} registers{bad}")
     return lines
