@@ -49,10 +49,10 @@ step() {
 small="by_hand or empty_batches or start_anywhere or in_graphs"
 if [ "$dry" = 1 ]; then
   tests=(env PYTHONSAFEPATH=1 "$python" -m pytest -q -p no:cacheprovider)  # of the e2cm_ext that is installed
-  step machine 30 "$python" -c 'import torch; print(torch.__version__, "no GPU")'
-  step tests 100 "${tests[@]}" tests/test_build.py
-  step memcheck 100 "${tests[@]}" tests/test_ops.py -k by_hand
-  step kernels 100 "$python" bench/kernels.py --device cuda --dry-run --seconds 0.01 --json "$results/kernels.json"
+  step machine 300 "$python" -c 'import torch; print(torch.__version__, "no GPU")'
+  step tests 300 "${tests[@]}" tests/test_build.py
+  step memcheck 300 "${tests[@]}" tests/test_ops.py -k by_hand
+  step kernels 300 "$python" bench/kernels.py --device cuda --dry-run --seconds 0.01 --json "$results/kernels.json"
 else
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
   export HYPOTHESIS_PROFILE=brief
