@@ -241,7 +241,7 @@ def test_shifted_images():
 
 
 def test_what_cannot_be_trained():
-    with pytest.raises(TypeError, match="not what dec.build makes"):
+    with pytest.raises(TypeError, match=r"not what dec\.build makes"):
         ee = e2cm.EarlyExit(e2cm.Stages([nn.Linear(4, 4), nn.Linear(4, 2)]).eval(), torch.zeros(1, 4))
         dec.train(ee, [torch.zeros(9, 4)], progress=False)
     with pytest.raises(ValueError, match="NaN or infinity"):
