@@ -62,7 +62,8 @@ class Loader(NamedTuple):
                 for images, labels in bar:
                     x = placed(images, self.network)
                     if self.answers is not None:
-                        labels = self.answers(x.clone())  # a network may overwrite what it is given
+                        with torch.no_grad():
+                            labels = self.answers(x.clone())  # a network may overwrite what it is given
                     assert labels is not None
                     yield x, labels
             except data.NoBatch:
