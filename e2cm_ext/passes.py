@@ -77,8 +77,12 @@ class Loader(NamedTuple):
             self.batches, image_shape=self.image_shape, device=device, labels=False, finite=False, empty=True
         )
         with self._bar(batches, what) as bar:
-            for images, _ in bar:
-                yield images.to(dtype) if images.is_floating_point() else images
+            try:
+                for images, _ in bar:
+                    yield images.to(dtype) if images.is_floating_point() else images
+            except data.NoBatch:
+                if processes.count() == 1:  # as above
+                    raise
 
     def _bar(self, batches: Iterator[Any], what: str) -> tqdm[Any]:
         try:

@@ -354,7 +354,7 @@ class _Work(nn.Module):
         self._restore(whole, rows, self.rows, epochs, f"{self.names[which]}: autoencoder")
 
     def _restore(self, module: nn.Module, rows: Tensor, wanted: Tensor, epochs: int, what: str) -> None:
-        optimizer = torch.optim.Adam(module.parameters(), self.schedule.rate)
+        optimizer = torch.optim.Adam(module.parameters(), self.schedule.rate, fused=True)
         batches = epochs * math.ceil(len(rows) / self.schedule.batch)
         falling = _falling(optimizer, batches)
         with tqdm(total=batches, desc=what, unit="batch", disable=not self.progress, leave=False) as bar:
@@ -373,7 +373,7 @@ class _Work(nn.Module):
         rows, altered = self._run(frozen, self.rows), self._altered(frozen)
         means, start = k_means(self._run(layers, rows), len(self.centres.means), self.seed, self.schedule.starts)
         centres = nn.Parameter(means)
-        optimizer = torch.optim.Adam([*encoder.parameters(), centres], self.schedule.cluster_rate)
+        optimizer = torch.optim.Adam([*encoder.parameters(), centres], self.schedule.cluster_rate, fused=True)
         falling = _falling(optimizer, self.schedule.most * self.schedule.refresh)
         before, changed = start, []
         batches = self._endless()
