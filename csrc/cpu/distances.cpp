@@ -7,8 +7,6 @@
 // Rows go into scratch and means into panels, converted, centred and padded, small enough for the first two cache
 // levels; while a panel is multiplied, the next means and the next features are asked for.
 //
-// The last classes, if they would leave most lanes of a panel empty, are multiplied in the way of few.
-//
 // Logits of many classes are these products, of rows and weights as they are.
 //
 // Same bits whatever the threads and the batch: which way is taken depends on the number of classes alone, D is cut
@@ -17,7 +15,8 @@
 //
 // Tried and left: products for few classes (the work around them costs more than it saves), dot products of rows and
 // means in tiles of 4 x 6 (a quarter of the time went into adding up lanes), blocks of 256, 1024 and 2048 numbers;
-// few means in tiles of 2 x 10 (as fast in cache, half as fast from memory), and for 8 blocks at a time (no faster).
+// few means in tiles of 2 x 10 (as fast in cache, half as fast from memory), and for 8 blocks at a time (no faster);
+// dot products for the last few of many classes (9% at 100 of them, but equal means must have equal bits).
 #include "distances.h"
 
 #include <algorithm>
@@ -35,7 +34,6 @@ constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kSplit = 4096;     // less is not worth a thread of its own
 constexpr int64_t kGroupRows = 128;  // rows per work item: means are prepared once for all of them
 constexpr int64_t kFewMeans = 24;    // up to here the direct sum is the faster way
-constexpr int64_t kNarrow = 8;       // a quarter of the widest panel
 constexpr int64_t kFewRows = 16;     // up to here means are used where they lie: copying them would cost more
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -160,37 +158,22 @@ void PairSums::add_products(const Piece& piece, float* scratch) {
       norms_ && !piece.first_class ? row_norms_ + piece.split * row_stride_ + piece.first : nullptr;
   double* const class_norms = norms_ && !piece.first ? class_norms_ + piece.split * ld_ : nullptr;
 
-  const int64_t rest = piece.classes % width, narrow = rest <= width / 4 ? rest : 0, wide_end = end - narrow;
-
   for_blocks(piece.split, 1, [&](int64_t at, int64_t n) {
     const float* const center = center_ ? center_ + at : nullptr;
     const bool last = at + n == x_.dim;
     Ahead rows_ahead{address(x_, piece.first, at + n), last ? 0 : piece.rows, x_.stride * x_size, kBlock * x_size};
     isa_.load_block(element(x_, piece.first, at), x_.dtype, x_.stride, center, piece.rows, n, rows, row_norms);
-    for (int64_t k = piece.first_class; k < wide_end; k += width) {
-      const int64_t count = std::min(width, wide_end - k);
-      const bool wraps = k + width >= wide_end;
+    for (int64_t k = piece.first_class; k < end; k += width) {
+      const int64_t count = std::min(width, end - k);
+      const bool wraps = k + width >= end;
       const int64_t next = wraps ? piece.first_class : k + width;
-      Ahead classes_ahead{address(classes_, next, wraps ? at + n : at),
-                          last && wraps ? 0 : std::min(width, wide_end - next), classes_.stride * class_size,
-                          kBlock * class_size};
+      Ahead classes_ahead{address(classes_, next, wraps ? at + n : at), last && wraps ? 0 : std::min(width, end - next),
+                          classes_.stride * class_size, kBlock * class_size};
       isa_.pack_means(element(classes_, k, at), classes_.dtype, classes_.stride, center, count, n, panel,
                       class_norms ? class_norms + k : nullptr);
       isa_.add_products(rows, piece.rows, panel, count, n, products + k, ld_, classes_ahead, rows_ahead);
     }
-    if (!narrow) return;
-    isa_.load_block(element(classes_, wide_end, at), classes_.dtype, classes_.stride, center, narrow, n, panel,
-                    class_norms ? class_norms + wide_end : nullptr);
-    add_narrow(rows, piece.rows, {panel, narrow, kStride, kBlock, nullptr, 0, 0}, n, products + wide_end);
   });
-}
-
-// What is left of the classes, too few to fill the lanes of a panel.
-void PairSums::add_narrow(const float* rows, int64_t row_count, const FewMeans& classes, int64_t n, double* products) {
-  double sums[kNarrow * kGroupRows] = {};
-  isa_.add_dots(rows, DType::f32, kStride, row_count, round_up(n, kPad), classes, sums, kGroupRows);
-  for (int64_t i = 0; i < row_count; ++i)
-    for (int64_t k = 0; k < classes.count; ++k) products[i * ld_ + k] += sums[k * kGroupRows + i];
 }
 
 Distances::Distances(const Rows& x, const ClassMeans& head, int threads)

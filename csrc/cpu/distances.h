@@ -45,7 +45,6 @@ class PairSums {
   void for_blocks(int64_t split, int64_t each, const Body& body) const;
   void add_directly(const Piece& piece, float* scratch);
   void add_products(const Piece& piece, float* scratch);
-  void add_narrow(const float* rows, int64_t row_count, const FewMeans& classes, int64_t n, double* products);
 };
 
 class Distances : public PairSums {
