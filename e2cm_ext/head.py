@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checks, cost, ops
 from .decisions import Decisions
+from .processes import total
 from .rules import Confidence, Entropy, Gate, Rule
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Head(nn.Module):
         super().__init_subclass__(**kwargs)
         cls.kind = kind or cls.__name__
         KINDS[cls.kind] = cls
+        if "step" in vars(cls) and "decide" not in vars(cls):  # what is inherited may decide otherwise
+            cls.decide = Head.decide  # type: ignore[method-assign]
 
     def __init__(self, num_classes: int, feature_shape: Sequence[int]) -> None:
         super().__init__()
@@ -179,6 +181,15 @@ class Head(nn.Module):
             return leave(x, *self.gate(x), threshold, ids, out, exit)
         return _leave(x, self(x), threshold, ids, out, rule, exit)
 
+    def decide(
+        self, x: Tensor, threshold: float | Tensor, ids: Tensor, out: Decisions, *, rule: Rule, exit: int
+    ) -> Tensor:
+        """`step` for who does not want anybody moved: the same bits in `out`, and the ids of the samples that stay.
+
+        The runtime asks only heads whose own way of it is quicker: moving survivors is most of what a step does.
+        """
+        return self.step(x, threshold, ids, out, rule=rule, exit=exit)[1]
+
     def flops(self) -> int:
         """Floating-point operations per sample: by default what torch's counter sees in forward(), see cost.py."""
         return cost.flops(self, torch.zeros(1, *self.feature_shape, device=self.counts.device))
@@ -205,13 +216,6 @@ class Head(nn.Module):
 
 
 # ---- small parts -----------------------------------------------------------------------------------------------------
-
-
-def total(tensor: Tensor) -> Tensor:
-    """The tensor, summed over all processes, in place; as it is where torch.distributed is not initialised."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def _leave(
