@@ -15,6 +15,7 @@ the training images that all epochs of a frozen method share.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import shutil
@@ -28,7 +29,7 @@ from curves import arguments, network, write
 from torch import Tensor
 
 import e2cm_ext as e2cm
-from e2cm_ext.methods import aep, bwds, eenets, joined, sdn, training
+from e2cm_ext.methods import aep, branchynet, bwds, curriculum, eenets, joined, sdn, training
 from e2cm_ext.search import Points, hull, unbeaten
 
 BUDGETS = (0.15, 0.2, 0.25, 0.3, 0.5, 0.75)
@@ -258,7 +259,7 @@ def trained_sdn(bench: Bench, budget: str) -> tuple[e2cm.EarlyExit, float]:
     name = f"sdn-{budget}"
 
     def make() -> tuple[e2cm.EarlyExit, float]:
-        ee = sdn.build(bench.model, bench.example)
+        ee = sdn.build(bench.model, bench.example, exits=bench.options.exits)
         features, of_features = bench.features(ee, "sdn")
         epochs, checkpoint = bench.epochs(budget, FROZEN_LONG), bench.work / f"{name}.checkpoint"
         return ee, of_features + seconds_of(lambda: sdn.train(ee, features, epochs=epochs, checkpoint=checkpoint))
@@ -300,15 +301,27 @@ def consulting(bench: Bench, budget: str, head: str, leave: joined.Leave, agree:
     return Found(found, seconds + of_means, extra, len(ee.heads))
 
 
+def blended(bench: Bench, budget: str, head: str) -> Found:
+    """Ours: SDN times class means, at SDN's exits."""
+    ee, seconds = trained_sdn(bench, budget)
+    others, of_means = means(bench, head)
+    both = joined.join(ee, others, blend=True)
+    found = bench.judge(both, f"sdn-{budget} x {head}")
+    return Found(found, seconds + of_means, parameters(both), len(both.heads))
+
+
 def joined_ways(head: str) -> dict[str, Callable[[Bench, str], Found]]:
     def way(leave: joined.Leave, agree: joined.Agree) -> Callable[[Bench, str], Found]:
         return lambda bench, budget: consulting(bench, budget, head, leave, agree)
 
     short = head.split("_")[0]
     return {
-        f"sdn+{short}, {leave}, {agree}": way(leave, agree)
-        for leave in ("either", "both")
-        for agree in ("class", "decision")
+        f"sdn x {short}": lambda bench, budget: blended(bench, budget, head),
+        **{
+            f"sdn+{short}, {leave}, {agree}": way(leave, agree)
+            for leave in ("either", "both")
+            for agree in ("class", "decision")
+        },
     }
 
 
@@ -317,7 +330,7 @@ def joined_ways(head: str) -> dict[str, Callable[[Bench, str], Found]]:
 
 def pooled(bench: Bench) -> tuple[training.Cached, float]:
     """Averages over the map, without running the network again: of SDN's averages over the equal cells of a grid."""
-    ee = sdn.build(bench.model, bench.example)
+    ee = sdn.build(bench.model, bench.example, exits=bench.options.exits)
     cached, seconds = bench.features(ee, "sdn")
     columns = []
     for head, squeezed in zip(ee.heads, cached.features, strict=False):
@@ -335,7 +348,7 @@ def trained_bwds(bench: Bench, budget: str) -> tuple[e2cm.EarlyExit, float]:
     name = f"bwds-{budget}"
 
     def make() -> tuple[e2cm.EarlyExit, float]:
-        ee = bwds.build(bench.model, bench.example, exits=sdn.FRACTIONS)
+        ee = bwds.build(bench.model, bench.example, exits=bench.options.exits)
         features, of_features = pooled(bench)
         epochs, checkpoint = bench.epochs(budget, FROZEN_LONG), bench.work / f"{name}.checkpoint"
         return ee, of_features + seconds_of(
@@ -361,7 +374,7 @@ def gated(bench: Bench, budget: str, joint: bool) -> Found:
     """EENets at price 1, and thresholds of the gates as they are calibrated."""
 
     def build(model: torch.nn.Module) -> e2cm.EarlyExit:
-        return eenets.build(model, bench.example, exits=sdn.FRACTIONS)
+        return eenets.build(model, bench.example, exits=bench.options.exits)
 
     return learned(bench, budget, "eenets", build, eenets.train, joint)
 
@@ -370,7 +383,7 @@ def ensembles(bench: Bench, budget: str, joint: bool) -> Found:
     """AEP with hybrid weights; samples may leave with what the ensemble says so far, which is ours."""
 
     def build(model: torch.nn.Module) -> e2cm.EarlyExit:
-        return aep.build(model, bench.example, exits=sdn.FRACTIONS)
+        return aep.build(model, bench.example, exits=bench.options.exits)
 
     return learned(bench, budget, "aep", build, aep.train, joint)
 
@@ -403,6 +416,44 @@ def learned(
     return Found(bench.judge(ee, unique), seconds, parameters(ee), len(ee.heads))
 
 
+# ---- SDN and BranchyNet, the network trained with them; SDN with a curriculum ----------------------------------------
+
+LR_OF_TRAINED = 0.01  # ours: the network is not trained from scratch, for which the papers' learning rates are
+
+
+def jointly(bench: Bench, budget: str, name: str, build: Any, train: Callable[..., Any], curve: Curve) -> Found:
+    ee = build(bench.network(), bench.example)
+    epochs, checkpoint = bench.epochs(budget, 100), bench.work / f"{name}-{budget}.checkpoint"
+    seconds = seconds_of(lambda: train(ee, bench.augmented(), epochs=epochs, lr=LR_OF_TRAINED, checkpoint=checkpoint))
+    return Found(bench.judge(ee, f"{name}-{budget}", curve), seconds, parameters(ee), len(ee.heads))
+
+
+def sdn_joint(bench: Bench, budget: str) -> Found:
+    build = functools.partial(sdn.build, exits=bench.options.exits)
+    return jointly(bench, budget, "sdn-joint", build, functools.partial(sdn.train, joint=True), sdn.curve)
+
+
+def branches(bench: Bench, budget: str) -> Found:
+    return jointly(bench, budget, "branchynet", branchynet.build, branchynet.train, e2cm.curve)
+
+
+def sdn_paced(bench: Bench, budget: str, order: str) -> Found:
+    """The exits alone; the difficulty is the network's own loss."""
+    name = f"sdn-{order}-{budget}"
+
+    def make() -> tuple[e2cm.EarlyExit, float]:
+        ee = sdn.build(bench.model, bench.example, exits=bench.options.exits)
+        features, seconds = bench.features(ee, "sdn")
+        difficulty = curriculum.loss_of(bench.model, bench.fit)
+        loader = curriculum.paced(features, difficulty, bench.options.batch, order=order)
+        epochs, checkpoint = bench.epochs(budget, FROZEN_LONG), bench.work / f"{name}.checkpoint"
+        return ee, seconds + seconds_of(lambda: sdn.train(ee, loader, epochs=epochs, checkpoint=checkpoint))
+
+    ee, seconds = bench.kept(name, make)
+    records = [bench.record_of_learned(ee, name, part, "sdn") for part in PARTS]
+    return Found(options_of(*records, sdn.curve), seconds, parameters(ee), len(ee.heads))
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -422,6 +473,12 @@ METHODS: dict[str, Method] = {
         for head in ("class_means", "whitened_means")
         for name, run in joined_ways(head).items()
     },
+    "sdn, joint": Method(sdn_joint, "sdn, joint"),
+    **{
+        f"sdn, in order: {order}": Method(functools.partial(sdn_paced, order=order), "curriculum")
+        for order in ("curriculum", "anti", "random")
+    },
+    "branchynet": Method(branches, "branchynet, joint"),
     "bwds": Method(bwds_sweep, "bwds"),
     "bwds, a price each": Method(bwds_prices, "bwds"),
     "eenets, exits alone": Method(lambda bench, budget: gated(bench, budget, joint=False), "eenets"),
@@ -483,7 +540,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="a folder for features, checkpoints and rows")
     families = sorted({method.family for method in METHODS.values()})
-    parser.add_argument("--methods", nargs="+", default=families, choices=families)
+    parser.add_argument("--methods", nargs="+", default=families, choices=families, help="default: all")
+    parser.add_argument("--exits", type=float, nargs="+", default=sdn.FRACTIONS, help="where learned exits stand")
     parser.add_argument("--budgets", nargs="+", default=["one", "six", "long"], choices=["one", "six", "long"])
     parser.add_argument("--long", type=int, help="epochs of the budget 'long' (default: each method's own)")
     parser.add_argument("--held-out", type=int, default=5000, help="training images for thresholds (default: 5000)")

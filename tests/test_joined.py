@@ -110,6 +110,21 @@ def test_records_apart_tell_what_they_do_together(learned, means, leave, agree):
         joined.record(apart[0], apart[1].part(slice(50)), ee.costs, [0.0] * 4, leave, agree)
 
 
+def test_means_that_are_fitted_already_are_copied(learned, means):
+    ready = joined.join(learned, means)
+    fitted = joined.join(learned).fit(digits()[0], progress=False)
+    images, _ = digits()[2][0]
+    for network in (ready, fitted):
+        joined.limit(network, [0.11] * 4)
+        network.thresholds = 0.9
+    assert torch.equal(ready.predict(images).exit, fitted.predict(images).exit)
+    assert ready.heads[0].means is not means.heads[0]
+    few = joined.join(learned.at_exits([1, 3]), means)
+    assert same_bits(few.heads[1].means.means, means.heads[3].means)
+    with pytest.raises(ValueError, match="`exits` holds 'stem'"):
+        joined.join(learned, means.at_exits([1, 2, 3]))
+
+
 def test_costs_are_those_of_both(learned, means):
     ee = joined.join(learned)
     assert ee.costs.heads == tuple(a + b for a, b in zip(learned.costs.heads, means.costs.heads, strict=True))
@@ -119,6 +134,7 @@ def test_costs_are_those_of_both(learned, means):
 def test_fitting_is_for_the_means_and_leaves_the_learned_heads_alone(learned, means):
     ee = joined.join(learned)
     assert not any(head.fitted for head in ee.heads)
+    assert all(head.learned.fitted for head in ee.heads)
     ee.fit(digits()[0], progress=False)
     for head, a, b in zip(ee.heads, learned.heads, means.heads, strict=True):
         for name, value in a.state_dict().items():

@@ -146,7 +146,7 @@ class Blended(Pair, kind="blended"):
 
 def join(
     ee: EarlyExit,
-    means: str | type[Head] | Callable[[int, tuple[int, ...]], Head] = "class_means",
+    means: str | type[Head] | Callable[[int, tuple[int, ...]], Head] | EarlyExit = "class_means",
     *,
     leave: Leave = "both",
     agree: Agree = "class",
@@ -154,14 +154,18 @@ def join(
     memory: int = 256 << 20,
 ) -> EarlyExit:
     """A new network with early exits, around the same model: copies of the trained heads of `ee`, each with class means
-    beside it, which have still to be fitted: fit(loader). means: "class_means" (the paper's), "whitened_means", ...;
-    blend=True: Blended in the place of consultation."""
-    shapes = [head.feature_shape for head in ee._heads()]
-    beside = build_heads(means, ee.num_classes, shapes, memory)
+    beside it. means: "class_means" (the paper's), "whitened_means", ..., which have still to be fitted, by fit(loader);
+    or a network with the same exits (and perhaps others) and class means that are fitted already: copies of them.
+    blend: Blended in the place of consultation."""
+    if isinstance(means, EarlyExit):
+        beside = [copy.deepcopy(head) for head in means.at_exits(ee.exit_names)._heads()]
+    else:
+        beside = build_heads(means, ee.num_classes, [head.feature_shape for head in ee._heads()], memory)
     heads: list[Head] = []
     for learned, other in zip(ee._heads(), beside, strict=True):
         arguments = (ee.num_classes, learned.feature_shape, copy.deepcopy(learned), other)
         heads.append(Blended(*arguments) if blend else Consulting(*arguments, leave, agree))
+        heads[-1].fitted = learned.fitted and other.fitted
     joined = EarlyExit.__new__(EarlyExit)
     nn.Module.__init__(joined)
     costs = Costs(ee.costs.stages, tuple(head.flops() for head in heads), ee.costs.names)
