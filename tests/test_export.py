@@ -256,6 +256,22 @@ def test_the_runner_needs_no_torch(packed, tmp_path):
     agree([found[name] for name in runner.Answers._fields], made.ee.predict(torch.from_numpy(images)))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_compiled_programs_answer_as_the_network_does(tmp_path):
+    first = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, stride=2), torch.nn.ReLU())
+    stages = e2cm.Stages([first, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, CLASSES))]).eval()
+    ee = e2cm.EarlyExit(stages, torch.zeros(1, *SHAPE), head="pooled_means").fit(loader(200), progress=False)
+    ee.thresholds = ee.record(loader(200, seed=1), progress=False).confidence[:, 0].median()
+    ee.export(tmp_path / "p.zip", "aoti", progress=False)
+    cascade = deploy.load(tmp_path / "p.zip")
+    images = samples(40, seed=5)
+    expected = ee.predict(images)
+    assert len(expected.exit.unique()) == 2
+    agree(cascade.predict(images), expected)
+    alone = [cascade.predict(image) for image in images[:5].split(1)]
+    agree([torch.cat(column) for column in zip(*alone, strict=True)], [column[:5] for column in expected])
+
+
 @dataclass(frozen=True)
 class Margin(e2cm.Rule):
     name: ClassVar[str] = "margin"
@@ -263,6 +279,20 @@ class Margin(e2cm.Rule):
     def certainty(self, log_probs):
         first, second = log_probs.exp().topk(2, dim=1).values.unbind(1)
         return first - second
+
+
+def test_networks_in_16_bits(tmp_path):
+    ee = e2cm.EarlyExit(net().bfloat16(), torch.zeros(1, *SHAPE, dtype=torch.bfloat16), exits=2)
+    half = [(x.bfloat16(), y) for x, y in loader(200)]
+    ee.fit(half, progress=False)
+    ee.thresholds = ee.record(half, progress=False).confidence[:, :2].median(0).values
+    ee.export(tmp_path / "p.zip", "torch", progress=False)
+    images = samples(60, seed=5).bfloat16()
+    found, expected = deploy.load(tmp_path / "p.zip").predict(images), ee.predict(images)
+    assert found.log_probs.dtype is torch.float32
+    # What is near a threshold may go either way.
+    assert (found.exit == expected.exit).float().mean() > 0.9
+    assert (found.prediction == expected.prediction).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("rule", ["entropy", Margin()])

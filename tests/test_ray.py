@@ -39,15 +39,23 @@ def package(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
-    here = str(Path(__file__).parent)
+    # Workers inherit them: they must find this file.
+    mine = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    before = {name: os.environ.get(name) for name in mine}
+    os.environ.update(mine)
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
         object_store_memory=100 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"}},
+        _node_ip_address="127.0.0.1",
     )
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
