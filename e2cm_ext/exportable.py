@@ -169,7 +169,7 @@ class Features(nn.Module):
         assert self.wanted is not None
         if self.dense:
             flat = x.flatten(2)
-            return (flat @ flat.transpose(1, 2)).flatten(1)[:, self.mixed] / (rows * columns)
+            return (flat @ flat.transpose(1, 2)).flatten(1).index_select(1, self.mixed) / (rows * columns)
         shifted = (torch.cat([x[:, o:], x[:, :o]], 1) if o else x for o in range(self.wanted.pairs))
         return torch.cat([(x * other).mean((2, 3)) for other in shifted], 1)
 

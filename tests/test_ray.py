@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import INF
-from small import SHAPE, loader, net, samples
-
-import e2cm_ext as e2cm
+from small import SHAPE, net, samples
+from test_export import network, noisy
 
 if not importlib.util.find_spec("ray"):
     pytest.skip("needs ray: the extra `ray`", allow_module_level=True)
@@ -21,13 +19,6 @@ import ray
 from e2cm_ext.integrations.ray import Predictor
 
 IMAGES, BATCH = 600, 20
-
-
-def network():
-    ee = e2cm.EarlyExit(net(), torch.zeros(1, *SHAPE)).fit(loader(300), progress=False)
-    certainty = ee.record(loader(200, seed=1), progress=False).confidence
-    ee.thresholds = [float(certainty[:, 0].quantile(0.6)), INF, INF, float(certainty[:, 3].quantile(0.5))]
-    return ee
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +75,7 @@ def rows_of(answers):
 
 
 def test_every_image_is_answered_once_though_a_worker_is_killed(package, tmp_path):
-    images = samples(IMAGES, seed=3).numpy()
+    images = noisy(samples(IMAGES, seed=3)).numpy()
     expected = network().predict(torch.from_numpy(images))
     found = ray.data.from_items(
         [{"id": i, "image": image} for i, image in enumerate(images)], override_num_blocks=10
