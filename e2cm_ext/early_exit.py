@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import calibration, cascade, files, passes, processes, selection
+from . import calibration, cascade, combination, files, passes, processes, selection
 from . import profile as timing
 from ._native import build_info
 from .calibration import Curve, Method, OperatingPoint
+from .clusters import Centres, centres_of, sample, with_centres, without_centres
+from .combination import Combination
+from .compaction import Compaction
+from .compiled import Compiled
 from .cost import Costs
 from .decisions import Decisions
 from .export import Format, export
 from .guarantee import Of
 from .heads import Head, build, from_config
 from .passes import Loader
-from .profile import Profile, check_batch_size
+from .profile import Profile, TimedPoint, check_batch_size
 from .record import Record, threshold_vector
 from .rules import Rule
 from .rules import rule as rule_named
@@ -86,8 +90,14 @@ class EarlyExit(nn.Module):
     heads: nn.ModuleList
     rule: Rule
     costs: Costs  # FLOPs per sample of stages and heads; .fractions: what leaving at each exit costs
-    num_classes: int
+    num_classes: int  # or clusters
+    labelled: bool = True  # False, after fit(labels=None): whatever wants labels takes the network's own answers
+    # What exits answer where earlier ones are not forgotten; see e2cm_ext.combination. Exits that are off take no part,
+    # so a record, in which all are on, tells what happens as long as all thresholds are finite: `calibrate` sees to it.
+    combination: Combination | None = None
     selection: Selection | None = None  # what `select` found, in the network that it made; not saved
+    compaction: Compaction  # when inference moves survivors together: by FLOPs, or by the last profile; not saved
+    _compiled: Compiled | None = None  # what `compile` made of the stages; not saved, not copied
 
     def __init__(
         self,
@@ -125,24 +135,72 @@ class EarlyExit(nn.Module):
         self.register_buffer("thresholds", torch.full((len(heads),), math.inf, dtype=torch.float32, device=device))
         self._image_shape, self._image_dtype = image_shape, image_dtype
         self._seen: Seen | None = None  # when the heads were fitted; not saved
+        self.compaction = Compaction.by_flops(
+            costs.stages, [image_dtype.itemsize * math.prod(head.feature_shape) for head in heads]
+        )
         # Asked before every batch whether the model has been put into train mode behind our back.
         self._leaves = tuple(m for m in stages.modules() if type(m) is not nn.Module and not any(m.children()))
         self.eval()
 
     # ---- learning ---------------------------------------------------------------------------------------------------
 
-    def fit(self, loader: Iterable[Any], progress: bool = True) -> Self:
+    def fit(
+        self,
+        loader: Iterable[Any],
+        progress: bool = True,
+        *,
+        labels: Literal["loader"] | None = "loader",
+        clusters: int | None = None,
+    ) -> Self:
         """Learns from scratch what the classes look like at every exit, from (images, labels); returns self.
 
         Forward passes only, as many as the heads need (whitened means: one, class means: two), and nothing is held but
         their statistics and one batch. All thresholds go back to +inf, since old ones mean nothing to new heads:
         calibrate, or set them. After an error, or Ctrl-C, all is as it was before.
+
+        labels=None: there are none, or nobody looks at them, and the network's own answers take their place; here, and
+        from then on in `record`, `curve`, `calibrate`, `select` and `evaluate`, whose accuracy then means agreement
+        with the whole network. Loaders may yield images alone.
+
+        clusters=10: the network's own answer becomes one of so many clusters: k-means of what it answers with, which is
+        its logits, or features if its classifier was taken off (model.fc = nn.Identity(), and model.eval()).
+        Log-probabilities are those of clusters then, and a cluster has the same number at every exit, since exits learn
+        from the same clusters. That takes a further pass; at most 20,000 rows of what the network answers with are held
+        for it.
         """
         self._refuse_train_mode("fit")
-        fitted, self._seen = passes.fit(self._heads(), self._walk, self._loader(loader, progress))
+        if labels not in ("loader", None):
+            raise ValueError(f"`labels` is {labels!r}; wanted 'loader', for those that it yields, or None")
+        if labels is not None and clusters is not None:
+            raise TypeError("`clusters` are found where there are no labels: give labels=None with it")
+        stages, heads = self._answering(loader, clusters, progress)
+        own = None if labels is not None else lambda images: stages(images).argmax(1)
+        ready = self._loader(loader, progress, own)._replace(num_classes=heads[0].num_classes)
+        fitted, self._seen = passes.fit(heads, self._walk, ready)
+        if stages is not self.stages:
+            self._compiled = None  # of a network that answers otherwise: `compile` again
+        self.stages, self.labelled, self.num_classes = stages, labels is not None, heads[0].num_classes
+        self.costs = replace(self.costs, heads=tuple(head.flops() for head in fitted))
         self.thresholds = math.inf
         self.heads = nn.ModuleList(fitted).eval()
         return self
+
+    @torch.no_grad()
+    def _answering(self, loader: Iterable[Any], clusters: int | None, progress: bool) -> tuple[Stages, list[Head]]:
+        """The network answering with so many clusters of the loader's images, or as it came; and heads for that."""
+        stages, before = without_centres(self.stages)
+        heads = self._heads()
+        if clusters is not None:
+            ready = self._loader(loader, progress)
+            passes.refuse_used_up(ready, 2)
+            rows = sample(stages(images) for images in ready.images("clusters") if len(images))
+            device, _ = passes.place_of(stages)
+            stages = with_centres(stages, centres_of(rows, clusters).to(device))
+        if clusters is not None or before is not None:
+            example = torch.zeros(1, *self._image_shape, dtype=self._image_dtype)
+            _, count = _shapes(stages, passes.placed(example, stages))
+            heads = [from_config(head.config() | {"num_classes": count}).to(self.thresholds.device) for head in heads]
+        return stages, heads
 
     def record(self, loader: Iterable[Any], progress: bool = True) -> Record:
         """What every exit, and the network itself, would say about every sample: no threshold matters here.
@@ -151,9 +209,11 @@ class EarlyExit(nn.Module):
         """
         self._refuse_train_mode("record")
         self._refuse_unfitted([-math.inf] * len(self.heads))
-        return passes.record(
-            self._heads(), self.rule, self._walk, self._loader(loader, progress), lambda: self.costs, self._seen
+        ready = self._loader(loader, progress, None if self.labelled else passes.no_labels)
+        found = passes.record(
+            self._heads(), self.rule, self._walk, ready, lambda: self.costs, self._seen, self.combination
         )
+        return found if self.labelled else replace(found, label=found.prediction[:, -1].long())
 
     def curve(
         self,
@@ -221,18 +281,23 @@ class EarlyExit(nn.Module):
             lambda images: self.profile(images, batch_size, progress=progress),
             progress,
         )
-        self.thresholds = point.thresholds
+        if self.combination is None:
+            self.thresholds = point.thresholds
+        else:  # exits that never fire stay on
+            self.thresholds = point.thresholds.clamp(max=torch.finfo(torch.float32).max)
         return point
 
     def profile(self, images: Tensor, batch_size: int = 128, *, repeats: int = 10, progress: bool = True) -> Profile:
         """How long every stage and every exit step takes here, at batch sizes 1, 2, 4, ... up to `batch_size`.
 
         images: a batch to run; a smaller one is repeated. Medians of `repeats` rounds; see `e2cm_ext.profile`.
+        Inference goes by it from then on where it has to choose between moving survivors together and carrying on with
+        those who have left; that changes no answer.
         """
         placed = passes.placed(images, self.stages)
         self._limits(placed)
         self._refuse_unfitted([-math.inf] * len(self.heads))
-        return timing.measure(
+        found = timing.measure(
             self._heads(),
             self.rule,
             self._walk,
@@ -242,13 +307,27 @@ class EarlyExit(nn.Module):
             repeats=repeats,
             progress=progress,
         )
+        self.compaction = Compaction.by_time(found)
+        return found
+
+    def plan(self, record: Record, profile: Profile, batch_size: int = 128) -> TimedPoint:
+        """Switches off the exits that cost more time than they save at this batch size; returns what it has set.
+
+        That changes answers: who would have left at such an exit leaves at a later one. So it is never done unasked;
+        accuracy and FLOPs of the point returned are those of the record without these exits.
+        """
+        self._refuse_foreign(record)
+        point = timing.paying(record, profile, self.thresholds, batch_size)
+        self.thresholds = point.thresholds
+        return point
 
     def evaluate(self, loader: Iterable[Any], progress: bool = True) -> Evaluation:
         """Runs the network with its exits: accuracy, mean FLOPs per sample, and how many samples left where."""
         # The last number: of right answers.
         tally = torch.zeros(len(self.stages) + 1, dtype=torch.int64, device=self.thresholds.device)
+        own = None if self.labelled else lambda images: self.stages(images).argmax(1)
         with processes.in_step("evaluate"):
-            for images, labels in self._loader(loader, progress).run("evaluate"):
+            for images, labels in self._loader(loader, progress, own).run("evaluate"):
                 decisions = self.predict(images)
                 tally[-1] += (decisions.prediction == labels).sum()
                 tally[:-1] += decisions.exit.bincount(minlength=len(self.stages))
@@ -295,9 +374,37 @@ class EarlyExit(nn.Module):
         nn.Module.__init__(chosen)
         heads = [copy.deepcopy(self._heads()[j]) for j in numbers]
         costs = self.costs.at_exits(numbers)
-        stages = at_exits(self.stages, numbers)
+        plain, centres = without_centres(self.stages)
+        stages = with_centres(at_exits(plain, numbers), centres)
         chosen._assemble(stages, heads, self.rule, costs, self._image_shape, self._image_dtype)
+        chosen.combination = self.combination and self.combination.at_exits(numbers)
+        chosen.labelled = self.labelled
         return chosen
+
+    # ---- compiled ---------------------------------------------------------------------------------------------------
+
+    def compile(  # type: ignore[override]
+        self, *, fold: bool = False, channels_last: bool = False, **options: Any
+    ) -> Self:
+        """Everything that runs the network runs its stages through torch.compile from now on; returns self.
+
+        Each stage is compiled when it is first run: for a single image, and once or twice (torch takes other kernels
+        for few) for batches of any size. options: of torch.compile (mode, backend, options, ...). As with
+        nn.Module.compile, copies are not compiled, and neither is what `load` makes. Answers differ from those of the
+        model by rounding; calibrate after compiling.
+
+        fold: every convolution does the work of the batch normalisation behind it. channels_last: weights and images in
+        that memory order. Both are done to copies of the stages: the model stays as it is, and what is done to its
+        weights later is not seen until `compile` is called again; .to() and the like are.
+        """
+        self._refuse_train_mode("compile")
+        self._compiled = Compiled(self.stages, fold=fold, channels_last=channels_last, options=options)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_compiled", None)
+        return state
 
     # ---- answering --------------------------------------------------------------------------------------------------
 
@@ -306,11 +413,10 @@ class EarlyExit(nn.Module):
         top-k or cross-entropy. They carry a gradient if no exit is active."""
         limits = self._limits(images)
         if limits is None:
-            log_probs: Tensor = self.stages(images).log_softmax(1)
+            log_probs: Tensor = (self._compiled or self.stages)(images).log_softmax(1)
             return log_probs
         with torch.no_grad():
-            gone = cascade.through(self.stages, self._heads(), self.rule, limits, images, self.num_classes)
-            log_probs = gone.log_probs()
+            log_probs = self._through(images, limits).log_probs()
         return log_probs
 
     @torch.no_grad()
@@ -320,8 +426,19 @@ class EarlyExit(nn.Module):
         The exit of who never leaves early is M, the number of exits: the network itself. Confidence is the largest
         probability, whatever the rule.
         """
-        limits = self._limits(images) or [math.inf] * len(self.heads)
-        return cascade.run(self.stages, self._heads(), self.rule, limits, images, self.num_classes)
+        return self._through(images, self._limits(images) or [math.inf] * len(self.heads)).result()
+
+    def _through(self, images: Tensor, limits: Sequence[float]) -> cascade.Cascade:
+        return cascade.through(
+            self._compiled or self.stages,
+            self._heads(),
+            self.rule,
+            limits,
+            images,
+            self.num_classes,
+            compaction=self.compaction,
+            combination=self.combination,
+        )
 
     @overload
     def predict_stream(
@@ -378,11 +495,16 @@ class EarlyExit(nn.Module):
             raise ValueError(f"`order` is {order!r}; wanted True, for the order of the input, or 'completed'")
         if batch_size is not None:
             check_batch_size(batch_size)
+        if self.combination is not None:
+            raise ValueError(
+                f"the exits of this network answer together ({self.combination.name}), which streams cannot do: use "
+                "predict"
+            )
         self._refuse_train_mode("predict_stream")
         limits: list[float] = self.thresholds.tolist()
         self._refuse_unfitted(limits)
         stream = Stream(
-            self.stages,
+            self._compiled or self.stages,
             self._heads(),
             self.rule,
             limits,
@@ -442,6 +564,8 @@ class EarlyExit(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.thresholds
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._compiled is not None and self._compiled.own is not None:
+            self._compiled.own._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.thresholds.dtype is not torch.float32:  # .half() is for features; a rounded threshold decides otherwise
             self._buffers["thresholds"] = before.to(self.thresholds.device)
         return self
@@ -481,11 +605,16 @@ class EarlyExit(nn.Module):
                     raise TypeError(f"{name!r} of {type(head).__name__} is a {type(value).__name__}; wanted a tensor")
                 tensors[f"heads.{j}.{name}"] = value
         _, dtype = passes.place_of(self.stages)
+        _, centres = without_centres(self.stages)
+        if centres is not None:
+            tensors |= {"centres.means": centres.means, "centres.spread": centres.spread}
         info = {
             "package": build_info()["version"],
             "exits": self.exit_names,
             "heads": [head.config() for head in self._heads()],
             "rule": self.rule.name,
+            "combination": self.combination and self.combination.config(),
+            "labelled": self.labelled,
             "costs": {"stages": self.costs.stages, "heads": self.costs.heads},
             "image_shape": self._image_shape,
             "image_dtype": str(dtype if self._image_dtype.is_floating_point else self._image_dtype),
@@ -511,6 +640,10 @@ class EarlyExit(nn.Module):
         stages = _cut_again(
             path, model, torch.zeros(1, *info["image_shape"], dtype=dtype, device=device), info["exits"]
         )
+        if "centres.means" in tensors:
+            plain, _ = without_centres(stages)
+            centres = Centres(tensors["centres.means"], tensors["centres.spread"]).to(device)
+            stages = with_centres(plain, centres)
         if fingerprint(stages) != info["network"]:
             raise ValueError(
                 f"{path} belongs to another network: the modules of this `model` have the same names, but not the "
@@ -526,6 +659,9 @@ class EarlyExit(nn.Module):
         nn.Module.__init__(loaded)
         loaded._assemble(stages, heads, decide, costs, tuple(info["image_shape"]), dtype)
         loaded.thresholds = tensors["thresholds"]
+        if info.get("combination") is not None:
+            loaded.combination = combination.from_config(info["combination"])
+        loaded.labelled = info.get("labelled", True)
         return loaded
 
     def export(self, path: str | os.PathLike[str], format: Format = "onnx", *, progress: bool = True) -> dict[str, Any]:
@@ -550,12 +686,15 @@ class EarlyExit(nn.Module):
     def _heads(self) -> list[Head]:
         return list(self.heads)  # type: ignore[arg-type]
 
-    def _loader(self, batches: Iterable[Any], progress: bool) -> Loader:
-        return Loader(batches, self.stages, self.num_classes, self._image_shape, progress)
+    def _loader(
+        self, batches: Iterable[Any], progress: bool, answers: Callable[[Tensor], Tensor] | None = None
+    ) -> Loader:
+        return Loader(batches, self.stages, self.num_classes, self._image_shape, progress, answers)
 
     def _walk(self, images: Tensor, visit: passes.Visit, *, logits: bool) -> Tensor:
         x = images
-        *early, last = self.stages
+        stages: Iterable[cascade.Stage] = self._compiled or self.stages
+        *early, last = stages
         for j, stage in enumerate(early):
             x = stage(x)
             visit(j, x)

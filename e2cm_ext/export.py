@@ -175,7 +175,7 @@ def _quietly() -> Iterator[None]:
 
 def _pack(path: str | os.PathLike[str], manifest: dict[str, Any], programs: dict[str, bytes]) -> None:
     text = json.dumps(manifest, indent=1).encode()
-    with files.replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with files.whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.comment = hashlib.sha256(text).hexdigest().encode()
         for name, content in {MANIFEST: text, **programs}.items():
             archive.writestr(zipfile.ZipInfo(name), content)  # without a date: the same network, the same bytes

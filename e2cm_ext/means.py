@@ -180,6 +180,15 @@ class ClassMeans(Head, kind="class_means"):
             x, self.means, self.scale, limit, ids, out, self.center, self.statistics, rule=rule.name, exit=exit
         )
 
+    def decide(
+        self, x: Tensor, threshold: float | Tensor, ids: Tensor, out: Decisions, *, rule: Rule, exit: int
+    ) -> Tensor:
+        if not isinstance(rule, Confidence | Entropy):
+            return super().decide(x, threshold, ids, out, rule=rule, exit=exit)
+        limit = rule.limit(threshold)
+        distances = ops.class_distances(self.features(x), self.means, self.center)  # only these few numbers are moved
+        return ops.decide(distances, distances, limit, ids, out, scale=self.scale, rule=rule.name, exit=exit)[1]
+
     def flops(self) -> int:
         """K (3 D - 1), as the paper counts: D differences, D squares and D - 1 additions per class.
 

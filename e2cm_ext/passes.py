@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import data, processes
+from .combination import Combination, combined
 from .cost import Costs
 from .heads import Head
 from .record import Record
@@ -43,17 +44,27 @@ class Loader(NamedTuple):
     num_classes: int
     image_shape: tuple[int, ...] | None = None
     progress: bool = True
+    answers: Callable[[Tensor], Tensor] | None = None  # to images: they take the place of labels, which may be missing
 
     def run(self, what: str, finite: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over it, with a progress bar that says `what`. `finite`: images with a NaN are refused."""
         device, _ = place_of(self.network)
         batches = data.checked(
-            self.batches, num_classes=self.num_classes, image_shape=self.image_shape, device=device, finite=finite
+            self.batches,
+            num_classes=self.num_classes,
+            image_shape=self.image_shape,
+            device=device,
+            labels=self.answers is None,
+            finite=finite,
         )
         with self._bar(batches, what) as bar:
             try:
                 for images, labels in bar:
-                    yield placed(images, self.network), labels
+                    x = placed(images, self.network)
+                    if self.answers is not None:
+                        labels = self.answers(x.clone())  # a network may overwrite what it is given
+                    assert labels is not None
+                    yield x, labels
             except data.NoBatch:
                 if processes.count() == 1:  # or others may have some
                     raise
@@ -91,6 +102,11 @@ def placed(images: Tensor, network: nn.Module) -> Tensor:
     return images.to(device, dtype if images.is_floating_point() else images.dtype)
 
 
+def no_labels(images: Tensor) -> Tensor:
+    """In the place of those that nobody looks at."""
+    return torch.zeros(len(images), dtype=torch.int64, device=images.device)
+
+
 def refuse_train_mode(network: nn.Module, what: str) -> None:
     for name, module in network.named_modules():
         if module.training:
@@ -108,11 +124,7 @@ def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> tuple[list[Head], 
     Fitted ones are copied first; so if anything goes wrong on the way, or Ctrl-C comes, `heads` know what they knew.
     """
     passes = max(head.passes for head in heads)
-    if passes > 1 and isinstance(loader.batches, Iterator):
-        raise TypeError(
-            f"`loader` is a {type(loader.batches).__name__}, which can be run through only once; fit needs {passes} "
-            "passes: give a DataLoader or a list, or heads that need one pass"
-        )
+    refuse_used_up(loader, passes)
     fresh = [copy.deepcopy(head) if head.fitted else head for head in heads]
     seen = Seen()
     try:
@@ -126,6 +138,14 @@ def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> tuple[list[Head], 
         raise
     _warn_of_empty_classes(fresh[0])
     return fresh, seen
+
+
+def refuse_used_up(loader: Loader, passes: int) -> None:
+    if passes > 1 and isinstance(loader.batches, Iterator):
+        raise TypeError(
+            f"`loader` is a {type(loader.batches).__name__}, which can be run through only once; fit needs {passes} "
+            "passes: give a DataLoader or a list, or heads that need one pass"
+        )
 
 
 def _one_pass(heads: Sequence[Head], walk: Walk, loader: Loader, turn: int, passes: int, seen: Seen) -> None:
@@ -160,7 +180,13 @@ def _warn_of_empty_classes(head: Head) -> None:
 
 @torch.no_grad()
 def record(
-    heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader, costs: Callable[[], Costs], seen: Seen | None
+    heads: Sequence[Head],
+    rule: Rule,
+    walk: Walk,
+    loader: Loader,
+    costs: Callable[[], Costs],
+    seen: Seen | None,
+    combination: Combination | None = None,
 ) -> Record:
     """What every head, and the network itself, says about every sample. `costs` is asked at the end. Of many processes:
     about the samples of all of them, in the order of their ranks.
@@ -168,7 +194,7 @@ def record(
     seen: by the heads when they were fitted, if that is known.
     """
     with processes.in_step("record"):
-        mine, numbers = _rows(heads, rule, walk, loader)
+        mine, numbers = _rows(heads, rule, walk, loader, combination)
         spent = costs() if len(numbers) else None
     parts = processes.everyones((*mine, numbers))
     confidence, predictions, label, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -181,7 +207,7 @@ def record(
 
 
 def _rows(
-    heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader
+    heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader, combination: Combination | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Certainties, predictions and labels of this process's part, and the numbers of its images."""
     exits = len(heads)
@@ -189,20 +215,38 @@ def _rows(
     rows = [(none.new_empty(0, exits + 1).float(), none.new_empty(0, exits + 1).int(), none)]
     numbers = [none]
     for images, labels in loader.run("record"):
-        count = len(labels)
         numbers.append(numbers_of(images))
-        certainty = torch.empty(count, exits + 1, dtype=torch.float32, device=labels.device)
-        prediction = torch.empty(count, exits + 1, dtype=torch.int32, device=labels.device)
-
-        def show(j: int, x: Tensor, certainty: Tensor = certainty, prediction: Tensor = prediction) -> None:
-            certainty[:, j], prediction[:, j] = heads[j].judge(x, rule)
-
-        logits = walk(images, show, logits=True)
-        certainty[:, -1] = rule.certainty(logits.log_softmax(1).float())
-        prediction[:, -1] = logits.argmax(1)
+        certainty, prediction = _said(heads, rule, walk, images, combination)
         rows.append((certainty.cpu(), prediction.cpu(), labels.cpu()))
     confidence, predictions, label = (torch.cat(column) for column in zip(*rows, strict=True))
     return (confidence, predictions, label), torch.cat(numbers)
+
+
+def _said(
+    heads: Sequence[Head], rule: Rule, walk: Walk, images: Tensor, combination: Combination | None
+) -> tuple[Tensor, Tensor]:
+    """Certainties [B, M+1] float32 and predictions [B, M+1] int32 of every exit, and of the network itself."""
+    shape = (len(images), len(heads) + 1)
+    certainty = torch.empty(shape, dtype=torch.float32, device=images.device)
+    prediction = torch.empty(shape, dtype=torch.int32, device=images.device)
+    memory: Tensor | None = None
+
+    def show(j: int, x: Tensor) -> None:
+        nonlocal memory
+        if combination is None:
+            certainty[:, j], prediction[:, j] = heads[j].judge(x, rule)
+        else:
+            answer, certainty[:, j], memory = combined(combination, heads[j], rule, x, memory, j)
+            prediction[:, j] = answer.argmax(1)
+
+    logits = walk(images, show, logits=True)
+    log_probs = logits.log_softmax(1).float()
+    if combination is not None:
+        logits, _ = combination(log_probs, memory, len(heads), True)
+        log_probs = logits
+    certainty[:, -1] = rule.certainty(log_probs)
+    prediction[:, -1] = logits.argmax(1)
+    return certainty, prediction
 
 
 def _warn_of_seen(share: float) -> None:

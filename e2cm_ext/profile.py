@@ -5,9 +5,10 @@ every stage and every exit step is timed at batch sizes 1, 2, 4, ..., all of the
 else the machine does falls on all alike; the medians count. At sizes in between, time is taken to be linear.
 
 An exit step is timed at the threshold that half of the samples pass: their answers are written down, the others are
-moved. Devices that run behind the program (CUDA, ...) are waited for before every look at the clock. So they are in a
-cascade too, at every exit that is on, since the number of survivors must be known; at exits that are off they are not,
-and that little is counted too much.
+moved. What moving alone takes is timed, too: inference goes by it (see compaction.py). Devices that run behind the
+program (CUDA, ...) are waited for before every look at the clock. So they are in a cascade too, at every exit that is
+on, since the number of survivors must be known; at exits that are off they are not, and that little is counted too
+much.
 
 The expected time of a batch of B samples, drawn independently: the number of those that reach a stage is binomial, with
 the share of the record's samples that do; the mean of the stage's time over it, summed over the stages, and the same
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import binomial, calibration, files
+from . import binomial, calibration, files, ops
 from .calibration import Method, OperatingPoint
 from .cost import Costs
 from .decisions import Decisions
@@ -38,7 +39,7 @@ from .passes import Walk
 from .record import Record, Replay, threshold_vector
 from .rules import Rule
 
-__all__ = ["Profile", "TimedPoint", "fastest", "measure"]
+__all__ = ["Profile", "TimedPoint", "fastest", "measure", "paying"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,6 +71,7 @@ class Profile:
     sizes: tuple[int, ...]  # S batch sizes, rising from 1
     names: tuple[str, ...]  # M, of the exits
     device: str = "unknown"  # what it was measured on
+    moves: Tensor | None = None  # [S, M] float64: moving so many survivors; None: not known
 
     def __post_init__(self) -> None:
         if self.sizes[:1] != (1,) or any(a >= b for a, b in zip(self.sizes, self.sizes[1:], strict=False)):
@@ -77,7 +79,10 @@ class Profile:
         for name, table, columns in (
             ("stages", self.stages, len(self.names) + 1),
             ("heads", self.heads, len(self.names)),
+            ("moves", self.moves, len(self.names)),
         ):
+            if table is None:
+                continue
             if table.shape != (len(self.sizes), columns):
                 raise ValueError(f"`{name}` has shape {list(table.shape)}; wanted [{len(self.sizes)}, {columns}]")
             object.__setattr__(self, name, table.detach().double().cpu())
@@ -89,6 +94,12 @@ class Profile:
     def head_seconds(self, exit: int, samples: float) -> float:
         """What the exit step number `exit` takes on so many samples."""
         return float(_between(self.sizes, self.heads[:, exit], self._known(samples)))
+
+    def move_seconds(self, exit: int, samples: float) -> float:
+        """What it takes to move so many survivors together at the exit number `exit`; 0 if that was not measured."""
+        if self.moves is None:
+            return 0.0
+        return float(_between(self.sizes, self.moves[:, exit], self._known(samples)))
 
     def base_seconds(self, batch_size: int) -> float:
         """What the base network takes on a batch, without any exit."""
@@ -125,13 +136,19 @@ class Profile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """A safetensors file, complete or not there at all."""
         info = {"sizes": self.sizes, "names": self.names, "device": self.device}
-        files.write(path, "profile", {"stages": self.stages, "heads": self.heads}, info)
+        tensors = {"stages": self.stages, "heads": self.heads}
+        if self.moves is not None:
+            tensors["moves"] = self.moves
+        files.write(path, "profile", tensors, info)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
         """A ValueError says what is wrong with a file that is no profile, not whole, or altered."""
         tensors, info = files.read(path, "profile")
-        return cls(tensors["stages"], tensors["heads"], tuple(info["sizes"]), tuple(info["names"]), info["device"])
+        return cls(
+            tensors["stages"], tensors["heads"], tuple(info["sizes"]), tuple(info["names"]), info["device"],
+            tensors.get("moves"),
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"Profile({len(self.names)} exits, batches of 1 to {self.sizes[-1]}, {self.device})"
@@ -195,8 +212,9 @@ def measure(
     for _ in tqdm(range(repeats + 1), desc="profile", disable=not progress, leave=False):
         rounds.append([_once(heads, rule, walk, *pair, clock) for pair in zip(batches, limits, strict=True)])
     seconds = torch.tensor(rounds[1:], dtype=torch.float64, device="cpu").quantile(0.5, dim=0)
-    exits = len(heads)
-    return Profile(seconds[:, : exits + 1], seconds[:, exits + 1 :], sizes, tuple(names), _described(images.device))
+    stages, behind = len(heads) + 1, 2 * len(heads) + 1
+    tables = seconds[:, :stages], seconds[:, stages:behind], seconds[:, behind:]
+    return Profile(*tables[:2], sizes, tuple(names), _described(images.device), tables[2])
 
 
 def _halving(heads: Sequence[Head], rule: Rule, walk: Walk, images: Tensor) -> list[float]:
@@ -209,10 +227,12 @@ def _halving(heads: Sequence[Head], rule: Rule, walk: Walk, images: Tensor) -> l
 def _once(
     heads: Sequence[Head], rule: Rule, walk: Walk, images: Tensor, limits: Sequence[float], clock: Callable[[], float]
 ) -> list[float]:
-    """Seconds of M+1 stages, then of M exit steps."""
+    """Seconds of M+1 stages, then of M exit steps, then of moving everybody at M exits."""
     rows, device = len(images), images.device
     stages: list[float] = []
     steps: list[float] = []
+    moves: list[float] = []
+    everybody = torch.ones(rows, dtype=torch.bool, device=device)
 
     def now() -> float:
         if device.type != "cpu":
@@ -229,11 +249,14 @@ def _once(
         heads[j].step(x, limits[j], ids, out, rule=rule, exit=j)
         steps.append(now() - start)
         start = now()
+        ops.compact(x, everybody)
+        moves.append(now() - start)
+        start = now()
 
     start = now()
     walk(images, visit, logits=True)
     stages.append(now() - start)
-    return [*stages, *steps]
+    return [*stages, *steps, *moves]
 
 
 def _described(device: torch.device) -> str:
@@ -296,6 +319,35 @@ def fastest(
             f"of the base network's {1e3 * base:.4g} ms"
         )
     return best
+
+
+def paying(record: Record, profile: Profile, thresholds: Tensor | Sequence[float], batch_size: int) -> TimedPoint:
+    """These thresholds without the exits that do not pay: the one without which a batch is expected to take the
+    shortest time is switched off, again and again, as long as that makes it shorter."""
+    profile.refuse_foreign(record)
+    check_batch_size(batch_size, profile)
+    limits = threshold_vector(thresholds, record.exits).clone()
+
+    def seconds(limits: Tensor) -> float:
+        return profile._expected(record.replay(limits), limits, batch_size)
+
+    now = seconds(limits)
+    while True:
+        on = (limits < math.inf).nonzero()[:, 0].tolist()
+        without = {j: seconds(limits.index_fill(0, torch.tensor(j), math.inf)) for j in on}
+        worst = min(without, key=without.__getitem__, default=-1)
+        if worst < 0 or without[worst] >= now:
+            break
+        limits[worst], now = math.inf, without[worst]
+    replay = record.replay(limits)
+    return TimedPoint(
+        replay.flops,
+        replay.accuracy,
+        limits,
+        seconds=now,
+        base_seconds=profile.base_seconds(batch_size),
+        batch_size=batch_size,
+    )
 
 
 def _nanoseconds(profile: Profile, batch_size: int) -> Costs:

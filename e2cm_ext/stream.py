@@ -20,13 +20,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .cascade import own_answers, write
+from .cascade import Stage, own_answers, write
 from .decisions import Decisions
 from .heads import Head
 from .rules import Rule
-from .stages import Stages
 
 __all__ = ["Stream"]
 
@@ -45,7 +44,7 @@ class Stream:
 
     def __init__(
         self,
-        stages: Stages,
+        stages: Iterable[Stage],
         heads: Iterable[Head],
         rule: Rule,
         thresholds: Sequence[float],
@@ -205,14 +204,15 @@ class Stream:
 class _Leg(NamedTuple):
     """What is run in one go: the stages up to the next exit that can fire, and that exit."""
 
-    stages: Sequence[nn.Module]
+    stages: Sequence[Stage]
     head: Head | None  # None: behind the last stage is the network's own answer
     threshold: float
     exit: int
 
 
-def _legs(stages: Stages, heads: Iterable[Head], thresholds: Sequence[float]) -> list[_Leg]:
-    legs, together = [], []
+def _legs(stages: Iterable[Stage], heads: Iterable[Head], thresholds: Sequence[float]) -> list[_Leg]:
+    legs: list[_Leg] = []
+    together: list[Stage] = []
     *early, last = stages
     for number, (stage, head, threshold) in enumerate(zip(early, heads, thresholds, strict=True)):
         together.append(stage)

@@ -126,6 +126,7 @@ class _Remembering:
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._loader:
-            if not len(self.images) and isinstance(item, tuple | list) and len(item[0]):
-                self.images = item[0]
+            images = item[0] if isinstance(item, tuple | list) else item
+            if not len(self.images) and len(images):
+                self.images = images
             yield item

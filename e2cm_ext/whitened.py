@@ -154,6 +154,14 @@ class WhitenedMeans(Head, kind="whitened_means"):
         limit = rule.limit(threshold)
         return ops.linear_step(x, self.weight, self.bias, limit, ids, out, self.statistics, rule=rule.name, exit=exit)
 
+    def decide(
+        self, x: Tensor, threshold: float | Tensor, ids: Tensor, out: Decisions, *, rule: Rule, exit: int
+    ) -> Tensor:
+        if not isinstance(rule, Confidence | Entropy):
+            return super().decide(x, threshold, ids, out, rule=rule, exit=exit)
+        seen, limit = ops.statistics(x, self.statistics), rule.limit(threshold)  # only these few numbers are moved
+        return ops.linear_step(seen, self.weight, self.bias, limit, ids, out, rule=rule.name, exit=exit)[1]
+
     def flops(self) -> int:
         """Those of the statistics, and 2 K d for the product of d of them with the weights."""
         return self.statistics.flops(self.feature_shape) + 2 * self.weight.numel()

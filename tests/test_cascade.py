@@ -1,5 +1,6 @@
 """The runtime: who leaves where, that nothing is computed in vain, and a slow twin that must say the same."""
 
+import copy
 import dataclasses
 import math
 
@@ -12,6 +13,7 @@ from small import CLASSES, SHAPE, Scripted, Watched, images, loader, net, pointw
 from torch import nn
 
 from e2cm_ext import ClassMeans, Decisions, PooledMeans, Rule, Stages, cascade, cut, reference
+from e2cm_ext.compaction import Compaction
 from e2cm_ext.rules import Confidence, Entropy
 
 CONFIDENCE, ENTROPY = Confidence(), Entropy()
@@ -340,3 +342,46 @@ def test_in_company_with_real_convolutions():
     torch.testing.assert_close(few.log_probs[clear], whole.log_probs[7:20][clear], rtol=0, atol=1e-5)
     assert len(whole.exit.unique()) > 2
     assert x.shape[1:] == SHAPE
+
+
+# ---- carrying leavers along -----------------------------------------------------------------------
+
+
+def tables(seed: int, exits: int, rows: int, scale: float) -> Compaction:
+    g = generator(seed)
+    passed = torch.rand(exits + 1, rows + 1, generator=g).cumsum(0).cumsum(1)
+    moving = scale * torch.rand(exits, rows + 1, generator=g).cumsum(1)
+    return Compaction(tuple(map(tuple, passed.tolist())), tuple(map(tuple, moving.tolist())))
+
+
+class Moving(ClassMeans):
+    """Has no `decide` of its own: survivors move at its exit."""
+
+    def step(self, *args, **options):
+        return super().step(*args, **options)
+
+
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.sampled_from([INF, -INF, 0.34, 0.4, 0.45, 0.5]), min_size=5, max_size=5),
+    st.sampled_from([0.0, 0.3, 2.0, 1e9]),
+    st.sampled_from([CONFIDENCE, ENTROPY]),
+    st.sampled_from([0, 1, 2, 24]),
+    st.booleans(),
+)
+def test_who_is_carried_along_changes_nothing(seed, thresholds, scale, rule, count, mixed):
+    """Whatever moving costs, and also where a NaN turns up in one who has left."""
+    x = SAMPLES[:count].clone()
+    x[1::5, 0, 0, 0] = NAN
+    if rule is ENTROPY:
+        thresholds = [t if math.isinf(t) else 2.2 * t - 1.8 for t in thresholds]
+    heads = list(POINTWISE_HEADS)
+    if mixed:
+        heads[2] = copy.deepcopy(heads[2])
+        heads[2].__class__ = Moving
+    with torch.no_grad():
+        expected = cascade.run(POINTWISE, heads, rule, thresholds, x, 3)
+        carried = tables(seed, 5, 24, scale)
+        got = cascade.run(POINTWISE, heads, rule, thresholds, x, 3, compaction=carried)
+    assert_same_decisions(got, expected)
+    assert all(column._base is None and column.untyped_storage().size() == column.nbytes for column in got)
