@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
 from . import (
     calibration,
     cascade,
+    clusters,
     cost,
     data,
     deploy,
@@ -76,6 +77,7 @@ __all__ = [
     # the rooms
     "calibration",
     "cascade",
+    "clusters",
     "cost",
     "data",
     "deploy",
