@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from curves import write
 
+import e2cm_ext as e2cm
 from e2cm_ext.integrations.ray import Predictor
 from e2cm_ext.runner import OnnxCascade
 
@@ -47,7 +49,7 @@ def kill_one(folder: Path, after: int, killed: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="a .npz file with x_train, as bench/curves.py takes it")
+    parser.add_argument("data", help="as bench/curves.py takes it")
     parser.add_argument("--mean", type=float, nargs="+")
     parser.add_argument("--std", type=float, nargs="+")
     parser.add_argument("--package", type=Path, required=True)
@@ -55,16 +57,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    with np.load(options.data) as data:
-        pixels = data["x_train"][: options.images]
+    batches = e2cm.data.load(options.data, split="train", normalise=None, part=slice(options.images), batch_size=500)
+    pixels = torch.cat([(255 * x).round().to(torch.uint8) for x, _ in batches]).numpy()
     mean, std = (np.array(v, np.float32).reshape(-1, 1, 1) for v in (options.mean, options.std))
 
     def prepare(images: np.ndarray) -> np.ndarray:
-        if images.shape[-1] == 3:
-            images = images.transpose(0, 3, 1, 2)
-        return np.ascontiguousarray((images.astype(np.float32) / 255 - mean) / std, np.float32)
+        return (images.astype(np.float32) / 255 - mean) / std
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=500 << 20)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=1 << 30,
+        _node_ip_address="127.0.0.1",
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = [{"id": i, "image": image} for i, image in enumerate(pixels)]
     with tempfile.TemporaryDirectory() as name:
@@ -79,10 +87,10 @@ def main() -> None:
             concurrency=2,
             num_cpus=1,
         )
-        batches = list(answers.iter_batches(batch_size=None))
+        found = list(answers.iter_batches(batch_size=None))
         seconds = time.perf_counter() - start
         workers = len(list(folder.glob("worker *")))
-    ids, exits, predictions = (np.concatenate([b[n] for b in batches]) for n in ("id", "exit", "prediction"))
+    ids, exits, predictions = (np.concatenate([b[n] for b in found]) for n in ("id", "exit", "prediction"))
     cascade = OnnxCascade.load(options.package, threads=2)
     expected = [cascade.predict(prepare(part)) for part in np.array_split(pixels, max(1, len(pixels) // 500))]
     exit, prediction = (np.concatenate([getattr(e, n) for e in expected]) for n in ("exit", "prediction"))

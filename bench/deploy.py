@@ -15,19 +15,21 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
-from cascade import BUDGETS, in_turns, ratio, timing_arguments
-from curves import network, write
+from curves import arguments, network, write
 
 import e2cm_ext as e2cm
 from e2cm_ext.runner import Answers, OnnxCascade
+from e2cm_ext.turns import in_turns, ratio
 
 BASE = "base.zip"
+BUDGETS = (0.25, 0.5, 0.75)
 CLOSE = 1e-3  # of certainties to a threshold, and of the two best probabilities, that rounding may tell apart or not
 
 
@@ -116,8 +118,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                         "asked for": budget,
                         "exits on": int(on.sum()),
                         "flops": float(expected["flops"][exits].mean()),
-                        "time": ratio(seconds["ours"], seconds["base"]),
-                        "base ms per image": float(np.median(seconds["base"])) / count * 1e3,
+                        "time": asdict(ratio(seconds["ours"], seconds["base"])),
+                        "base ms per image": float(seconds["base"].median()) / count * 1e3,
                         "answers": answers,
                     }
                 )
@@ -142,15 +144,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = timing_arguments(__doc__)
+    parser = arguments(__doc__)
+    parser.add_argument("--fit", type=int, default=2000, help="training images to fit on: time does not depend on it")
+    parser.add_argument("--found", type=int, default=2048, help="test images to find thresholds on")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of ONNX Runtime")
     parser.add_argument("--packages", type=Path, required=True, help="a folder to keep packages in")
     parser.add_argument("--prepare", action="store_true", help="make the packages, and no more")
     parser.add_argument("--images", type=int, default=2000, help="to compare answers on")
     parser.add_argument("--timed", type=int, nargs=2, default=(200, 320), help="images per round, at batch 1 and 32")
     parser.add_argument("--count", type=int, default=6, help="exits to select")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.set_defaults(threads=[1, 2])
-    parser._option_string_actions["--threads"].nargs = "+"
     options = parser.parse_args()
     rows = measure(options)
     print(table(rows))

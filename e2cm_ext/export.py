@@ -101,7 +101,7 @@ def _legs(ee: EarlyExit, limits: Sequence[float]) -> Iterator[tuple[int, Answer]
     for number, (stage, head, limit) in enumerate(zip(early, ee._heads(), limits, strict=True)):
         together.append(stage)
         if limit < math.inf:
-            yield number, Answer(together, head, ee.rule)
+            yield number, Answer(together, head, ee.rule).to(ee.thresholds.device)
             together = []
     yield len(limits), Answer([*together, last], None, ee.rule)
 

@@ -39,11 +39,11 @@ class Answer(nn.Module):
         for stage in self.stages:
             x = stage(x)
         if self.logits is None:
-            log_probs = x.log_softmax(1)
+            log_probs = x.log_softmax(1).float()
             # Of the logits: rounding can make equal in log_probs what is not.
             return x, self._certainty(log_probs), x.argmax(1), log_probs
         logits, sound = self.logits(x)
-        log_probs = logits.log_softmax(1)
+        log_probs = logits.log_softmax(1).float()
         return x, self._certainty(log_probs) + sound, log_probs.argmax(1), log_probs
 
     def _certainty(self, log_probs: Tensor) -> Tensor:
@@ -145,6 +145,7 @@ class Features(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wanted = self.wanted
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if wanted is None:
             return x.flatten(1)
         x = (x.movedim(-1, 1) if wanted.channels == -1 else x).reshape(-1, *self.map)
@@ -168,7 +169,7 @@ class Features(nn.Module):
         assert self.wanted is not None
         if self.dense:
             flat = x.flatten(2)
-            return (flat @ flat.transpose(1, 2)).flatten(1)[:, self.mixed] / (rows * columns)
+            return (flat @ flat.transpose(1, 2)).flatten(1).index_select(1, self.mixed) / (rows * columns)
         shifted = (torch.cat([x[:, o:], x[:, :o]], 1) if o else x for o in range(self.wanted.pairs))
         return torch.cat([(x * other).mean((2, 3)) for other in shifted], 1)
 

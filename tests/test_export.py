@@ -106,10 +106,16 @@ def test_a_maximum_alone_does_not_hide_an_infinity():
 # ---- packages that answer ------------------------------------------------------------------------------------------
 
 
+def noisy(images):
+    """So much that exits are not sure of all."""
+    return images + 3 * torch.randn(images.shape, generator=generator(11))
+
+
 def network(head="whitened_means", rule="confidence"):
-    """With the second exit off, and the others such that samples leave at each of them and behind them."""
+    """With the second exit off, and the others such that noisy samples leave at each of them and behind them."""
     ee = e2cm.EarlyExit(net(), torch.zeros(1, *SHAPE), head=head, rule=rule).fit(loader(300), progress=False)
-    certainty = ee.record(loader(200, seed=1), progress=False).confidence
+    held_out = [(noisy(x), y) for x, y in loader(200, seed=1)]
+    certainty = ee.record(held_out, progress=False).confidence
     limits = [float(certainty[:, j].quantile(q)) for j, q in ((0, 0.7), (2, 0.6), (3, 0.6))]
     ee.thresholds = [limits[0], INF, *limits[1:]]
     return ee
@@ -159,7 +165,7 @@ def agree(found, expected):
 def test_a_package_answers_as_the_network_does(packed, format):
     made = packed(format)
     cascade = deploy.load(made.path, threads=1)
-    images = samples(200, seed=3)
+    images = noisy(samples(200, seed=3))
     expected = made.ee.predict(images)
     assert expected.exit.bincount(minlength=5).tolist()[1] == 0
     assert (expected.exit.bincount(minlength=5)[[0, 2, 3, 4]] > 0).all()  # all ways out are taken
@@ -242,7 +248,7 @@ def test_the_runner_needs_no_torch(packed, tmp_path):
     """As a file of its own, in a process that cannot import torch."""
     made = packed("onnx")
     shutil.copy(runner.__file__, tmp_path / "runner.py")
-    images = samples(50, seed=3).numpy()
+    images = noisy(samples(50, seed=3)).numpy()
     np.save(tmp_path / "images.npy", images)
     script = (
         "import sys; sys.modules['torch'] = sys.modules['e2cm_ext'] = None\n"
@@ -256,6 +262,22 @@ def test_the_runner_needs_no_torch(packed, tmp_path):
     agree([found[name] for name in runner.Answers._fields], made.ee.predict(torch.from_numpy(images)))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_compiled_programs_answer_as_the_network_does(tmp_path):
+    first = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, stride=2), torch.nn.ReLU())
+    stages = e2cm.Stages([first, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, CLASSES))]).eval()
+    ee = e2cm.EarlyExit(stages, torch.zeros(1, *SHAPE), head="pooled_means").fit(loader(200), progress=False)
+    ee.thresholds = ee.record(loader(200, seed=1), progress=False).confidence[:, 0].median()
+    ee.export(tmp_path / "p.zip", "aoti", progress=False)
+    cascade = deploy.load(tmp_path / "p.zip")
+    images = samples(40, seed=5)
+    expected = ee.predict(images)
+    assert len(expected.exit.unique()) == 2
+    agree(cascade.predict(images), expected)
+    alone = [cascade.predict(image) for image in images[:5].split(1)]
+    agree([torch.cat(column) for column in zip(*alone, strict=True)], [column[:5] for column in expected])
+
+
 @dataclass(frozen=True)
 class Margin(e2cm.Rule):
     name: ClassVar[str] = "margin"
@@ -263,6 +285,20 @@ class Margin(e2cm.Rule):
     def certainty(self, log_probs):
         first, second = log_probs.exp().topk(2, dim=1).values.unbind(1)
         return first - second
+
+
+def test_networks_in_16_bits(tmp_path):
+    ee = e2cm.EarlyExit(net().bfloat16(), torch.zeros(1, *SHAPE, dtype=torch.bfloat16), exits=2)
+    ee.fit([(x.bfloat16(), y) for x, y in loader(200)], progress=False)
+    held_out = [(noisy(x).bfloat16(), y) for x, y in loader(200, seed=1)]
+    ee.thresholds = ee.record(held_out, progress=False).confidence[:, :2].median(0).values
+    ee.export(tmp_path / "p.zip", "torch", progress=False)
+    images = noisy(samples(60, seed=5)).bfloat16()
+    found, expected = deploy.load(tmp_path / "p.zip").predict(images), ee.predict(images)
+    assert found.log_probs.dtype is torch.float32
+    # What is near a threshold may go either way.
+    assert (found.exit == expected.exit).float().mean() > 0.9
+    assert (found.prediction == expected.prediction).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("rule", ["entropy", Margin()])

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import INF, NAN
-from small import SHAPE, loader, net, samples
-
-import e2cm_ext as e2cm
+from helpers import NAN
+from small import SHAPE, samples
+from test_export import network, noisy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import clients
@@ -23,19 +22,12 @@ pytestmark = pytest.mark.skipif(
 CLIENTS, REQUESTS, EVERY = 16, 1000, 10
 
 
-def network():
-    ee = e2cm.EarlyExit(net(), torch.zeros(1, *SHAPE)).fit(loader(300), progress=False)
-    certainty = ee.record(loader(200, seed=1), progress=False).confidence
-    ee.thresholds = [float(certainty[:, 0].quantile(0.6)), INF, INF, float(certainty[:, 3].quantile(0.5))]
-    return ee
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     ee = network()
     ee.export(folder / "p.zip", "torch", progress=False)
-    with clients.serving(folder / "p.zip", folder, threads=1, body_timeout=5.0, max_bytes=4096, timeout=300.0) as port:
+    with clients.serving(folder / "p.zip", folder, threads=1, body_timeout=2.0, max_bytes=4096, timeout=300.0) as port:
         yield ee, port
 
 
@@ -58,15 +50,19 @@ def refused(port, image):
         (long, 413),
     ]
     cases = [(lambda c, body=body: clients.post(port, body, c), status) for body, status in bodies]
-    cases.append((lambda c: clients.cut_off(port, good, hang_up=False), 408))
-    # Nobody is there any more to be told.
-    cases.append((lambda c: clients.cut_off(port, good, hang_up=True), 0))
+    for hang_up, status in ((False, 408), (True, 0)):  # who hangs up is not there any more to be told
+
+        def cut_off(connection, hang_up=hang_up):
+            connection.close()  # a server closes one that nothing comes from for some seconds
+            return clients.cut_off(port, good, hang_up)
+
+        cases.append((cut_off, status))
     return cases
 
 
 def test_under_load_what_is_valid_is_answered_and_the_rest_refused(server):
     ee, port = server
-    images = samples(REQUESTS, seed=3).numpy()
+    images = noisy(samples(REQUESTS, seed=3)).numpy()
     expected = ee.predict(torch.from_numpy(images))
     bad = refused(port, images[0])
     requests, wanted = [], []

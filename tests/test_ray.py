@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import INF
-from small import SHAPE, loader, net, samples
-
-import e2cm_ext as e2cm
+from small import SHAPE, net, samples
+from test_export import network, noisy
 
 if not importlib.util.find_spec("ray"):
     pytest.skip("needs ray: the extra `ray`", allow_module_level=True)
@@ -23,13 +21,6 @@ from e2cm_ext.integrations.ray import Predictor
 IMAGES, BATCH = 600, 20
 
 
-def network():
-    ee = e2cm.EarlyExit(net(), torch.zeros(1, *SHAPE)).fit(loader(300), progress=False)
-    certainty = ee.record(loader(200, seed=1), progress=False).confidence
-    ee.thresholds = [float(certainty[:, 0].quantile(0.6)), INF, INF, float(certainty[:, 3].quantile(0.5))]
-    return ee
-
-
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     path = tmp_path_factory.mktemp("package") / "p.zip"
@@ -39,15 +30,23 @@ def package(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
-    here = str(Path(__file__).parent)
+    # Workers inherit them: they must find this file.
+    mine = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    before = {name: os.environ.get(name) for name in mine}
+    os.environ.update(mine)
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
         object_store_memory=100 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"}},
+        _node_ip_address="127.0.0.1",
     )
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
@@ -76,7 +75,7 @@ def rows_of(answers):
 
 
 def test_every_image_is_answered_once_though_a_worker_is_killed(package, tmp_path):
-    images = samples(IMAGES, seed=3).numpy()
+    images = noisy(samples(IMAGES, seed=3)).numpy()
     expected = network().predict(torch.from_numpy(images))
     found = ray.data.from_items(
         [{"id": i, "image": image} for i, image in enumerate(images)], override_num_blocks=10
