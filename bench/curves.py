@@ -176,12 +176,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """What every bench of a network on data wants to know."""
+def arguments(description: str | None, optional: bool = False) -> argparse.ArgumentParser:
+    """What every bench of a network on data wants to know; optional: if there is another way to name a network."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", type=Path, help="a Python file")
-    parser.add_argument("call", help="what to call in it, such as 'cifar10_resnet(56)'")
-    parser.add_argument("data", help="a .npz file or the name of a torchvision data set")
+    count = {"nargs": "?"} if optional else {}
+    parser.add_argument("networks", type=Path, help="a Python file", **count)
+    parser.add_argument("call", help="what to call in it, such as 'cifar10_resnet(56)'", **count)
+    parser.add_argument("data", help="a .npz file or the name of a torchvision data set", **count)
     parser.add_argument("--mean", type=float, nargs="+", help="of the network's training images, in [0, 1]")
     parser.add_argument("--std", type=float, nargs="+")
     parser.add_argument("--batch", type=int, default=128, help="images in one (default: 128)")

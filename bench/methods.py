@@ -32,6 +32,7 @@ from e2cm_ext.methods import aep, bwds, eenets, joined, sdn, training
 from e2cm_ext.search import Points, hull, unbeaten
 
 BUDGETS = (0.15, 0.2, 0.25, 0.3, 0.5, 0.75)
+PARTS = ("held_out", "test")
 FROZEN_LONG = 25
 Curve = Callable[[e2cm.Record], e2cm.Curve]
 
@@ -113,6 +114,15 @@ class Bench:
             ee.record(getattr(self, part)).save(path)
         return e2cm.Record.load(path)
 
+    def record_of_learned(self, ee: e2cm.EarlyExit, name: str, part: str, heads: str) -> e2cm.Record:
+        """The same for heads of the kind `heads` on the unchanged network, with one run of it for all of them."""
+        path = self.work / f"{name}.{part}.record"
+        if not path.exists():
+            folder = self.work / f"features-{heads}-{part}"
+            cached = training.cache(ee, getattr(self, part), folder)
+            record_from(cached, ee).save(path)
+        return e2cm.Record.load(path)
+
     def judge(self, ee: e2cm.EarlyExit, name: str, curve: Curve = e2cm.curve) -> list[Option]:
         return options_of(self.record(ee, name, "held_out"), self.record(ee, name, "test"), curve)
 
@@ -168,6 +178,24 @@ def options_of(held_out: e2cm.Record, test: e2cm.Record, curve: Curve = e2cm.cur
         there = test.replay(thresholds)
         found.append(Option(flops, accuracy, there.flops, there.accuracy))
     return found
+
+
+@torch.no_grad()
+def record_from(cached: training.Cached, ee: e2cm.EarlyExit) -> e2cm.Record:
+    """What ee.record would be, from features (rule "confidence")."""
+    assert ee.rule.name == "confidence"
+    pieces = []
+    for rows in torch.arange(len(cached.labels)).split(500):
+        features, _ = cached.batch(rows)
+        *early, last = (logits.log_softmax(1) for logits in training.Learners(ee)(features))
+        memory, answers = None, []
+        for j, log_probs in enumerate([*early, last]):
+            if ee.combination is not None:
+                log_probs, memory = ee.combination(log_probs, memory, j, j == len(early))
+            answers.append(log_probs)
+        pieces.append(torch.stack(answers, 1))
+    log_probs = torch.cat(pieces)
+    return e2cm.Record(log_probs.amax(2).exp(), log_probs.argmax(2), cached.labels, ee.costs)
 
 
 def parameters(ee: e2cm.EarlyExit) -> int:
@@ -238,15 +266,21 @@ def trained_sdn(bench: Bench, budget: str) -> tuple[e2cm.EarlyExit, float]:
     return bench.kept(name, make)
 
 
+def records_of_sdn(bench: Bench, ee: e2cm.EarlyExit, budget: str) -> list[e2cm.Record]:
+    return [bench.record_of_learned(ee, f"sdn-{budget}", part, "sdn") for part in PARTS]
+
+
 def sdn_frozen(bench: Bench, budget: str) -> Found:
-    """One threshold for all exits, as published; and, among the options, one for each."""
+    """One threshold for all exits, as published."""
     ee, seconds = trained_sdn(bench, budget)
-    return Found(bench.judge(ee, f"sdn-{budget}", sdn.curve), seconds, parameters(ee), len(ee.heads))
+    found = options_of(*records_of_sdn(bench, ee, budget), sdn.curve)
+    return Found(found, seconds, parameters(ee), len(ee.heads))
 
 
 def sdn_thresholds(bench: Bench, budget: str) -> Found:
+    """One for each."""
     ee, seconds = trained_sdn(bench, budget)
-    return Found(bench.judge(ee, f"sdn-{budget}"), seconds, parameters(ee), len(ee.heads))
+    return Found(options_of(*records_of_sdn(bench, ee, budget)), seconds, parameters(ee), len(ee.heads))
 
 
 def consulting(bench: Bench, budget: str, head: str, leave: joined.Leave, agree: joined.Agree) -> Found:
@@ -254,16 +288,13 @@ def consulting(bench: Bench, budget: str, head: str, leave: joined.Leave, agree:
     ee, seconds = trained_sdn(bench, budget)
     others, of_means = means(bench, head)
     both = joined.join(ee, head, leave=leave, agree=agree)
-    halves = {
-        part: (
-            bench.record(ee, f"sdn-{budget}", part),
-            bench.record(others, head, part).at_exits(ee.exit_names),
-        )
-        for part in ("held_out", "test")
-    }
+    here, there = (
+        (of_sdn, bench.record(others, head, part).at_exits(ee.exit_names))
+        for of_sdn, part in zip(records_of_sdn(bench, ee, budget), PARTS, strict=True)
+    )
     found: list[Option] = []
-    for option in joined.options(*halves["held_out"], both.costs, leave, agree):
-        on_test = joined.record(*halves["test"], both.costs, option.limits, leave, agree)
+    for option in joined.options(*here, both.costs, leave, agree):
+        on_test = joined.record(*there, both.costs, option.limits, leave, agree)
         found += options_of(option.record, on_test)
     extra = parameters(ee) + parameters(others.at_exits(ee.exit_names))
     return Found(found, seconds + of_means, extra, len(ee.heads))

@@ -1,4 +1,4 @@
-"""Stages as torch.compile makes them: one graph each for any batch size, and one for a single sample.
+"""Stages as torch.compile makes them: each has a graph or two for all batch sizes, and one for a single sample.
 
 The network cannot be compiled as a whole, since what runs next is known only when an exit has been asked. So every
 stage is compiled for itself, behind a function of its own: torch keeps what it has compiled with a function's code,

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import calibration, cascade, combination, files, passes, selection
+from . import calibration, cascade, combination, files, passes, processes, selection
 from . import profile as timing
 from ._native import build_info
 from .calibration import Curve, Method, OperatingPoint
+from .clusters import Centres, centres_of, sample, with_centres, without_centres
 from .combination import Combination
 from .compaction import Compaction
 from .compiled import Compiled
 from .cost import Costs
 from .decisions import Decisions
+from .export import Format, export
 from .guarantee import Of
 from .heads import Head, build, from_config
 from .passes import Loader
@@ -88,7 +90,8 @@ class EarlyExit(nn.Module):
     heads: nn.ModuleList
     rule: Rule
     costs: Costs  # FLOPs per sample of stages and heads; .fractions: what leaving at each exit costs
-    num_classes: int
+    num_classes: int  # or clusters
+    labelled: bool = True  # False, after fit(labels=None): whatever wants labels takes the network's own answers
     # What exits answer where earlier ones are not forgotten; see e2cm_ext.combination. Exits that are off take no part,
     # so a record, in which all are on, tells what happens as long as all thresholds are finite: `calibrate` sees to it.
     combination: Combination | None = None
@@ -141,18 +144,63 @@ class EarlyExit(nn.Module):
 
     # ---- learning ---------------------------------------------------------------------------------------------------
 
-    def fit(self, loader: Iterable[Any], progress: bool = True) -> Self:
+    def fit(
+        self,
+        loader: Iterable[Any],
+        progress: bool = True,
+        *,
+        labels: Literal["loader"] | None = "loader",
+        clusters: int | None = None,
+    ) -> Self:
         """Learns from scratch what the classes look like at every exit, from (images, labels); returns self.
 
         Forward passes only, as many as the heads need (whitened means: one, class means: two), and nothing is held but
         their statistics and one batch. All thresholds go back to +inf, since old ones mean nothing to new heads:
         calibrate, or set them. After an error, or Ctrl-C, all is as it was before.
+
+        labels=None: there are none, or nobody looks at them, and the network's own answers take their place; here, and
+        from then on in `record`, `curve`, `calibrate`, `select` and `evaluate`, whose accuracy then means agreement
+        with the whole network. Loaders may yield images alone.
+
+        clusters=10: the network's own answer becomes one of so many clusters: k-means of what it answers with, which is
+        its logits, or features if its classifier was taken off (model.fc = nn.Identity(), and model.eval()).
+        Log-probabilities are those of clusters then, and a cluster has the same number at every exit, since exits learn
+        from the same clusters. That takes a further pass; at most 20,000 rows of what the network answers with are held
+        for it.
         """
         self._refuse_train_mode("fit")
-        fitted, self._seen = passes.fit(self._heads(), self._walk, self._loader(loader, progress))
+        if labels not in ("loader", None):
+            raise ValueError(f"`labels` is {labels!r}; wanted 'loader', for those that it yields, or None")
+        if labels is not None and clusters is not None:
+            raise TypeError("`clusters` are found where there are no labels: give labels=None with it")
+        stages, heads = self._answering(loader, clusters, progress)
+        own = None if labels is not None else lambda images: stages(images).argmax(1)
+        ready = self._loader(loader, progress, own)._replace(num_classes=heads[0].num_classes)
+        fitted, self._seen = passes.fit(heads, self._walk, ready)
+        if stages is not self.stages:
+            self._compiled = None  # of a network that answers otherwise: `compile` again
+        self.stages, self.labelled, self.num_classes = stages, labels is not None, heads[0].num_classes
+        self.costs = replace(self.costs, heads=tuple(head.flops() for head in fitted))
         self.thresholds = math.inf
         self.heads = nn.ModuleList(fitted).eval()
         return self
+
+    @torch.no_grad()
+    def _answering(self, loader: Iterable[Any], clusters: int | None, progress: bool) -> tuple[Stages, list[Head]]:
+        """The network answering with so many clusters of the loader's images, or as it came; and heads for that."""
+        stages, before = without_centres(self.stages)
+        heads = self._heads()
+        if clusters is not None:
+            ready = self._loader(loader, progress)
+            passes.refuse_used_up(ready, 2)
+            rows = sample(stages(images) for images in ready.images("clusters") if len(images))
+            device, _ = passes.place_of(stages)
+            stages = with_centres(stages, centres_of(rows, clusters).to(device))
+        if clusters is not None or before is not None:
+            example = torch.zeros(1, *self._image_shape, dtype=self._image_dtype)
+            _, count = _shapes(stages, passes.placed(example, stages))
+            heads = [from_config(head.config() | {"num_classes": count}).to(self.thresholds.device) for head in heads]
+        return stages, heads
 
     def record(self, loader: Iterable[Any], progress: bool = True) -> Record:
         """What every exit, and the network itself, would say about every sample: no threshold matters here.
@@ -161,15 +209,11 @@ class EarlyExit(nn.Module):
         """
         self._refuse_train_mode("record")
         self._refuse_unfitted([-math.inf] * len(self.heads))
-        return passes.record(
-            self._heads(),
-            self.rule,
-            self._walk,
-            self._loader(loader, progress),
-            lambda: self.costs,
-            self._seen,
-            self.combination,
+        ready = self._loader(loader, progress, None if self.labelled else passes.no_labels)
+        found = passes.record(
+            self._heads(), self.rule, self._walk, ready, lambda: self.costs, self._seen, self.combination
         )
+        return found if self.labelled else replace(found, label=found.prediction[:, -1].long())
 
     def curve(
         self,
@@ -279,13 +323,16 @@ class EarlyExit(nn.Module):
 
     def evaluate(self, loader: Iterable[Any], progress: bool = True) -> Evaluation:
         """Runs the network with its exits: accuracy, mean FLOPs per sample, and how many samples left where."""
-        leavers = torch.zeros(len(self.stages), dtype=torch.int64)
-        correct = 0
-        for images, labels in self._loader(loader, progress).run("evaluate"):
-            decisions = self.predict(images)
-            correct += int((decisions.prediction == labels).sum())
-            leavers += decisions.exit.bincount(minlength=len(leavers)).cpu()
-        count = int(leavers.sum())
+        # The last number: of right answers.
+        tally = torch.zeros(len(self.stages) + 1, dtype=torch.int64, device=self.thresholds.device)
+        own = None if self.labelled else lambda images: self.stages(images).argmax(1)
+        with processes.in_step("evaluate"):
+            for images, labels in self._loader(loader, progress, own).run("evaluate"):
+                decisions = self.predict(images)
+                tally[-1] += (decisions.prediction == labels).sum()
+                tally[:-1] += decisions.exit.bincount(minlength=len(self.stages))
+        *exits, correct = processes.total(tally).tolist()
+        leavers, count = torch.tensor(exits, device="cpu"), sum(exits)
         if not count:
             raise ValueError("the loader gave no sample: all its batches are empty")
         fractions = _with_heads_on(self.costs, self.thresholds.tolist()).fractions
@@ -327,9 +374,11 @@ class EarlyExit(nn.Module):
         nn.Module.__init__(chosen)
         heads = [copy.deepcopy(self._heads()[j]) for j in numbers]
         costs = self.costs.at_exits(numbers)
-        stages = at_exits(self.stages, numbers)
+        plain, centres = without_centres(self.stages)
+        stages = with_centres(at_exits(plain, numbers), centres)
         chosen._assemble(stages, heads, self.rule, costs, self._image_shape, self._image_dtype)
         chosen.combination = self.combination and self.combination.at_exits(numbers)
+        chosen.labelled = self.labelled
         return chosen
 
     # ---- compiled ---------------------------------------------------------------------------------------------------
@@ -339,9 +388,10 @@ class EarlyExit(nn.Module):
     ) -> Self:
         """Everything that runs the network runs its stages through torch.compile from now on; returns self.
 
-        Each stage is compiled when it is first run: once for batches of any size, once for a single image. options: of
-        torch.compile (mode, backend, options, ...). As with nn.Module.compile, copies are not compiled, and neither is
-        what `load` makes. Answers differ from those of the model by rounding; calibrate after compiling.
+        Each stage is compiled when it is first run: for a single image, and once or twice (torch takes other kernels
+        for few) for batches of any size. options: of torch.compile (mode, backend, options, ...). As with
+        nn.Module.compile, copies are not compiled, and neither is what `load` makes. Answers differ from those of the
+        model by rounding; calibrate after compiling.
 
         fold: every convolution does the work of the batch normalisation behind it. channels_last: weights and images in
         that memory order. Both are done to copies of the stages: the model stays as it is, and what is done to its
@@ -555,12 +605,16 @@ class EarlyExit(nn.Module):
                     raise TypeError(f"{name!r} of {type(head).__name__} is a {type(value).__name__}; wanted a tensor")
                 tensors[f"heads.{j}.{name}"] = value
         _, dtype = passes.place_of(self.stages)
+        _, centres = without_centres(self.stages)
+        if centres is not None:
+            tensors |= {"centres.means": centres.means, "centres.spread": centres.spread}
         info = {
             "package": build_info()["version"],
             "exits": self.exit_names,
             "heads": [head.config() for head in self._heads()],
             "rule": self.rule.name,
             "combination": self.combination and self.combination.config(),
+            "labelled": self.labelled,
             "costs": {"stages": self.costs.stages, "heads": self.costs.heads},
             "image_shape": self._image_shape,
             "image_dtype": str(dtype if self._image_dtype.is_floating_point else self._image_dtype),
@@ -586,6 +640,10 @@ class EarlyExit(nn.Module):
         stages = _cut_again(
             path, model, torch.zeros(1, *info["image_shape"], dtype=dtype, device=device), info["exits"]
         )
+        if "centres.means" in tensors:
+            plain, _ = without_centres(stages)
+            centres = Centres(tensors["centres.means"], tensors["centres.spread"]).to(device)
+            stages = with_centres(plain, centres)
         if fingerprint(stages) != info["network"]:
             raise ValueError(
                 f"{path} belongs to another network: the modules of this `model` have the same names, but not the "
@@ -603,7 +661,20 @@ class EarlyExit(nn.Module):
         loaded.thresholds = tensors["thresholds"]
         if info.get("combination") is not None:
             loaded.combination = combination.from_config(info["combination"])
+        loaded.labelled = info.get("labelled", True)
         return loaded
+
+    def export(self, path: str | os.PathLike[str], format: Format = "onnx", *, progress: bool = True) -> dict[str, Any]:
+        """The network with its exits as they are set now, in one file for another runtime; returns its manifest.
+
+        format="onnx": for ONNX Runtime; `e2cm_ext.runner.OnnxCascade` runs it, a file that needs no torch.
+        format="torch": programs of torch.export, and "aoti": the same, compiled by AOTInductor for this machine (that
+        needs a C++ compiler and some time); `e2cm_ext.deploy.TorchCascade` runs both, without the network's own code.
+
+        There is a program per stage, for any batch size, with the head of the exit behind it; samples that leave are
+        not computed any further. Exits that are off are left out. Thresholds can be set anew in the runner.
+        """
+        return export(self, path, format, progress=progress)
 
     # ---- small parts ------------------------------------------------------------------------------------------------
 
@@ -615,8 +686,10 @@ class EarlyExit(nn.Module):
     def _heads(self) -> list[Head]:
         return list(self.heads)  # type: ignore[arg-type]
 
-    def _loader(self, batches: Iterable[Any], progress: bool) -> Loader:
-        return Loader(batches, self.stages, self.num_classes, self._image_shape, progress)
+    def _loader(
+        self, batches: Iterable[Any], progress: bool, answers: Callable[[Tensor], Tensor] | None = None
+    ) -> Loader:
+        return Loader(batches, self.stages, self.num_classes, self._image_shape, progress, answers)
 
     def _walk(self, images: Tensor, visit: passes.Visit, *, logits: bool) -> Tensor:
         x = images

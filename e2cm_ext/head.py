@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checks, cost, ops
 from .decisions import Decisions
+from .processes import total
 from .rules import Confidence, Entropy, Gate, Rule
 
 if TYPE_CHECKING:
@@ -216,13 +216,6 @@ class Head(nn.Module):
 
 
 # ---- small parts -----------------------------------------------------------------------------------------------------
-
-
-def total(tensor: Tensor) -> Tensor:
-    """The tensor, summed over all processes, in place; as it is where torch.distributed is not initialised."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def _leave(

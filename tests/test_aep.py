@@ -265,9 +265,12 @@ def test_errors():
     record = record_of(ee, [1, 1, 2, 1, 1])
     with pytest.raises(ValueError, match="`weighting` is 'steep'; wanted one of 'uniform', 'rising'"):
         aep.build(net(), images(1), weighting="steep")
-    for weights in ((0.0, 1.0), (1.0, -1.0), (INF, 1.0), ()):
-        with pytest.raises(ValueError, match="wanted weights from 0 on"):
-            aep.Ensemble((1.0,) * len(weights), weights)
+    for weights in ((1.0, -1.0), (INF, 1.0), (1.0, math.nan)):
+        with pytest.raises(ValueError, match="wanted weights, from 0 on"):
+            aep.Ensemble((1.0, 1.0), weights)
+    for weights in ((0.0, 1.0), ()):
+        with pytest.raises(ValueError, match="more than 0 for the first exit"):
+            aep.Ensemble((0.0, 1.0), weights)
     with pytest.raises(ValueError, match="2 `learning` and 3 `answering`"):
         aep.Ensemble((1, 1), (1, 1, 1))
     for drop in (-0.1, math.nan):

@@ -56,6 +56,22 @@ def test_what_is_behind_has_been_decided_already():
     assert [each.tolist() for each in left] == [[False, False, True], [True, False, True]]
 
 
+def test_who_has_stayed_at_a_lower_price_stays():
+    """Whatever the decision says now: the second sample goes on at exit 1, to the end."""
+    seen = []
+
+    def leave_all(inputs, leave, weight):
+        seen.append(weight.tolist())
+        return torch.tensor([0.0, 1.0])
+
+    left = [torch.tensor([True, True]), torch.tensor([True, False])]
+    losses = torch.tensor([[1.0, 0, 0], [1, 0, 1]])
+    bwds.backward([torch.zeros(2, 1)] * 2, losses, [0.2, 0.5, 1.0], 3.0, left, leave_all)
+    assert [each.tolist() for each in left] == [[True, True], [True, False]]
+    # At exit 0, going on costs .3 and gets it right, or .8 for the same error.
+    assert seen[1] == pytest.approx([3 - 0.3, 0.8])
+
+
 def worth(policy, cells, losses, costs, price):
     """The mean of price * loss + cost under a policy: at each exit, whether the samples in each cell leave."""
     total = 0.0
@@ -205,6 +221,31 @@ def test_decisions_are_better_than_any_that_are_the_same_for_all(inputs):
         assert found <= 1.01 * best
         better += best - found
     assert better > 0.15
+
+
+def test_every_process_decides_from_the_samples_of_all(monkeypatch):
+    """Of two processes with a half of the samples each, the first: the other's answers are put into its hands."""
+    first, second = loader(80, 40)
+    ee = training.finish(bwds.build(net(), images(1), exits=["block1", "block3"], prices=(1.0,)))
+    bwds.decide(ee, [first, second], progress=False)
+    expected = [head.decisions.clone() for head in ee.heads]
+    seen = []
+
+    def gather(parts, rows):
+        parts[0] = rows
+        if len(parts) == 1:
+            seen.append(rows)
+        else:
+            parts[1] = seen.pop(0)
+
+    monkeypatch.setattr(bwds.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(bwds.dist, "all_gather_object", gather)
+    monkeypatch.setattr(bwds.dist, "get_world_size", lambda: 1)
+    bwds.decide(ee, [second], progress=False)
+    monkeypatch.setattr(bwds.dist, "get_world_size", lambda: 2)
+    bwds.decide(ee, [first], progress=False)
+    assert all(torch.equal(head.decisions, each) for head, each in zip(ee.heads, expected, strict=True))
+    assert not seen
 
 
 def test_the_curve_is_that_of_the_prices_and_no_other():

@@ -1,6 +1,11 @@
 """EENets: the recursion by hand and against independent stops, placement, gates, and training."""
 
 import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,6 +252,43 @@ def test_exits_of_a_finished_network():
     eenets.train(ee, fit, epochs=12, joint=False, lr=1e-2, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert float(ee.record(test, progress=False).accuracy[0]) > untrained + 0.6
+
+
+def test_two_processes_may_leave_the_gates_for_later(tmp_path):
+    """In the first stage nothing is learned about the gates, which processes that add up gradients must be told."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            import torch
+            import torch.distributed as dist
+            from small import images, loader, net
+            from e2cm_ext.methods import eenets, training
+            dist.init_process_group("gloo")
+            torch.set_num_threads(1)
+            own, _ = training.rank()
+            ee = eenets.build(net(), images(1), exits=["block1", "block3"])
+            start = {{name: value.clone() for name, value in ee.heads.state_dict().items()}}
+            x, y = loader(40, 40)[0]
+            share = [(x[own::2], y[own::2])] * 2
+            eenets.train(ee, share, epochs=1, joint=False, warm_up=1, progress=False)
+            untouched = all(torch.equal(v, start[n]) for n, v in ee.heads.state_dict().items() if "confidence" in n)
+            eenets.train(ee, share, epochs=2, joint=False, warm_up=1, progress=False)
+            torch.save([untouched, start, ee.heads.state_dict()], {str(tmp_path)!r} + f"/end{{own}}")
+            dist.destroy_process_group()
+            """
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (untouched, start, end), (_, _, other) = (torch.load(tmp_path / f"end{own}", weights_only=True) for own in (0, 1))
+    assert untouched
+    # The heads' extra states say that they are trained.
+    assert all(torch.equal(value, other[name]) for name, value in end.items())
+    assert not torch.equal(end["0.confidence.weight"], start["0.confidence.weight"])
 
 
 def test_errors():

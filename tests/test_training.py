@@ -320,6 +320,21 @@ def test_in_mixed_precision_the_forward_pass_is_short_and_the_weights_are_not(pr
     assert {p.dtype for p in ee.heads.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [(100, {0: 1, 34: 1, 35: 0.1, 59: 0.1, 60: 0.01, 99: 0.001}), (2, {0: 1, 1: 0.01}), (1, {0: 1})],
+)
+def test_learning_rates_fall_where_they_should(epochs, expected):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    schedule = training.falling(optimizer, epochs, (0.35, 0.6, 0.85))
+    seen = []
+    for _ in range(epochs):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert {epoch: seen[epoch] for epoch in expected} == pytest.approx(expected)
+
+
 def test_epochs_are_announced():
     told = []
 

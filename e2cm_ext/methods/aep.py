@@ -47,9 +47,13 @@ class Ensemble(Combination):
     def __post_init__(self) -> None:
         for name in ("learning", "answering"):
             numbers = tuple(map(float, getattr(self, name)))
-            if not (all(0 <= each < math.inf for each in numbers) and numbers and numbers[0] > 0):
-                raise ValueError(f"`{name}` is {numbers}; wanted weights from 0 on, the first of them above it")
+            if not all(0 <= each < math.inf for each in numbers):
+                raise ValueError(f"`{name}` is {numbers}; wanted weights, from 0 on")
             object.__setattr__(self, name, numbers)
+        if not (self.answering and self.answering[0] > 0):
+            raise ValueError(
+                f"`answering` is {self.answering}; wanted more than 0 for the first exit: it has to answer"
+            )
         if len(self.learning) != len(self.answering):
             raise ValueError(f"there are {len(self.learning)} `learning` and {len(self.answering)} `answering` weights")
 

@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 from ..calibration import Curve, curve_of
 from ..early_exit import EarlyExit
+from ..passes import place_of
 from ..record import Record
 from ..search import always_there
 from ..stages import Stages
@@ -45,8 +46,8 @@ from .pooled import PooledLinear
 
 __all__ = ["PRICES", "Decider", "backward", "build", "curve", "decide", "separate", "sweep", "train", "verdicts"]
 
-# From half of a network's FLOPs for an error to 512 times these.
-PRICES = tuple(2.0 ** (i / 2) for i in range(-2, 19))
+# That an error may be worth, in FLOPs of the network: what a curve of accuracy over FLOPs rises by, upside down.
+PRICES = tuple(2.0 ** (i / 4) for i in range(-4, 25))
 
 _INPUTS = ("scores", "features")
 _RIDGE = 1e-4  # on standardised inputs, against weights that average 1
@@ -179,7 +180,10 @@ def train(
 
 @torch.no_grad()
 def decide(ee: EarlyExit, loader: Iterable[Any], progress: bool = True) -> None:
-    """Learns the decisions of all exits for all prices, their classifiers being what they are."""
+    """Learns the decisions of all exits for all prices, their classifiers being what they are.
+
+    Held meanwhile, for every exit and sample: what decisions go by, K + 4 numbers or as many as there are channels.
+    """
     heads = _deciders(ee)
     inputs, losses = _seen(ee, heads, loader, progress)
     prices = heads[0].prices
@@ -219,14 +223,15 @@ def _seen(ee: EarlyExit, heads: list[Decider], loader: Iterable[Any], progress: 
     batches = loader if isinstance(loader, training.Cached) else ee._loader(loader, progress).run("answers")
     inputs: list[list[Tensor]] = [[] for _ in heads]
     losses = []
+    device, _ = place_of(ee.stages)
     for images, labels in batches:
-        *squeezed, logits = features(images)
+        *squeezed, logits = (x.to(device) for x in features(images))
         answers = [logits.argmax(1)]
         for j, (head, x) in reversed(list(enumerate(zip(heads, squeezed, strict=True)))):
             log_probs = head.linear(x).float().log_softmax(1)
             inputs[j].append(head.look(x, log_probs))
             answers.insert(0, log_probs.argmax(1))
-        losses.append((torch.stack(answers, 1) != labels[:, None]).float())
+        losses.append((torch.stack(answers, 1) != labels.to(device)[:, None]).float())
     if not losses:
         raise ValueError("the loader gave no sample: all its batches are empty")
     return [_of_all_processes(torch.cat(each)) for each in inputs], _of_all_processes(torch.cat(losses))

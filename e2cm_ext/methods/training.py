@@ -319,8 +319,10 @@ def seeded(seed: int) -> Iterator[None]:
 def falling(
     optimizer: torch.optim.Optimizer, epochs: int, parts: Sequence[float], factor: float = 0.1
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate, times `factor` after each of these parts of the training, rounded to whole epochs."""
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(part * epochs) for part in parts], factor)
+    """The learning rate, times `factor` after each of these parts of the training, rounded to whole epochs: not before
+    the first has ended."""
+    ends = [max(1, round(part * epochs)) for part in parts]
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, ends, factor)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -354,7 +356,9 @@ def run(
     if precision is None and kind == "cuda" and torch.cuda.is_bf16_supported():
         precision = torch.bfloat16
     own, processes = rank()
-    called: nn.Module = DistributedDataParallel(module) if processes > 1 else module
+    called: nn.Module = module
+    if processes > 1:  # a loss need not look at everything in every epoch
+        called = DistributedDataParallel(module, find_unused_parameters=True)
     scaler = torch.amp.GradScaler(kind, enabled=precision is torch.float16)
     state = _State(module, optimizer, schedule, scaler, epochs, seed)
     devices = [device] if kind == "cuda" else []
