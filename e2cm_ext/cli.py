@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from . import data, demo, files, report, turns
+from . import data, demo, files, passes, report, turns
 from ._native import build_info
 from .calibration import OperatingPoint
 from .early_exit import EarlyExit
@@ -461,7 +461,7 @@ def bench(file: Path, rounds: int, batches: int, **options: Any) -> None:
     work = Work.of(options)
     ee = work.load(file)
     size = options["batch_size"]
-    some = torch.split(report.first_images(work.images(), size * batches).to(options["device"]), size)
+    some = torch.split(passes.placed(report.first_images(work.images(), size * batches), work.model), size)
 
     def through(run: Callable[[Tensor], Any]) -> Callable[[], None]:
         def way() -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import files, pictures, turns
+from . import files, passes, pictures, turns
 from ._native import build_info
 from .calibration import Curve, Method, OperatingPoint
 from .early_exit import EarlyExit
@@ -153,6 +153,7 @@ def measured(
     The network itself is here with all its exits off.
     """
     before = ee.thresholds
+    images = passes.placed(images, ee.stages)
 
     def way(limits: Tensor | float) -> Callable[[], Any]:
         def run() -> None:
