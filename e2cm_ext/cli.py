@@ -577,7 +577,8 @@ def demo_command(out: Path, flops: float, small: bool, **options: Any) -> None:
     """Train a small network on handwritten digits, give it exits, measure, and write a report. Needs no data.
 
     \b
-      pip install 'e2cm_ext[demo]' && e2cm demo
+      e2cm demo
+      e2cm demo --flops 0.1 -o cheap.html
     """
     rows = demo.run(out, flops=flops, small=small, command=_command_line(), progress=not options["quiet"])
     table = _table(
