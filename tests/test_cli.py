@@ -294,7 +294,7 @@ def replaced(words, option, value):
         ("-n", "no.such.module:make", "there is no module 'no.such.module'"),
         ("-n", "no_such_network", "'no_such_network' is no network; wanted torchvision/NAME"),
         ("-d", "HERE/nothing.npz", "HERE/nothing.npz: No such file"),
-        ("-d", "nothing", "is neither a folder nor a .npz file"),
+        ("-d", "no/thing", "is neither a folder nor a .npz file"),
         ("-d", "HERE/net.pt", "is neither a folder nor a .npz file"),
         ("-d", "HERE/torn.npz", "torn.npz cannot be read"),
         ("--normalise", "weights", "do not say how images were prepared"),
@@ -353,7 +353,18 @@ def test_debug_shows_where(folder):
 
 
 def test_warnings_are_lines_too(folder, tmp_path):
-    found = run("calibrate", folder / "net.e2cm", *what(folder), "--risk", 0.001, 0.01, "-o", tmp_path / "a.e2cm")
+    found = run(
+        "calibrate",
+        folder / "net.e2cm",
+        *what(folder),
+        "--risk",
+        0.001,
+        0.01,
+        "--of",
+        "agreement",
+        "-o",
+        tmp_path / "a.e2cm",
+    )
     assert found.exit_code == 0
     assert found.stderr.startswith("e2cm: warning: ") and found.stderr.count("\n") == 1
 
