@@ -380,7 +380,7 @@ def curve(file: Path, picture: Path | None, **options: Any) -> None:
             table.add_row(f"{limit:.1f}", "", "", "cheaper than the first exit")
         else:
             table.add_row(
-                f"{budget:.1f}", f"{point.flops:.4f}", f"{point.accuracy:.4f}", f"{point.accuracy - base:+.4f}"
+                f"{limit:.1f}", f"{point.flops:.4f}", f"{point.accuracy:.4f}", f"{point.accuracy - base:+.4f}"
             )
     result = {
         "data": work.described(),
