@@ -89,7 +89,7 @@ def ways(copies: list[Tensor], head: Head) -> dict[str, Way]:
     }
     for name, function in (("cdist", by_cdist), ("mm", by_mm)):
         found[name] = lambda x, f=function: f(x, head)  # type: ignore[misc]
-        compiled = torch.compile(function, dynamic=False)
+        compiled = torch.compile(function, dynamic=False, backend="inductor" if x.is_cuda else "eager")
         try:
             compiled(x, head)
         except Exception as error:  # no compiler on this machine: then it is no rival

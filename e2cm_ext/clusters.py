@@ -108,14 +108,14 @@ def sample(batches: Iterable[Tensor], most: int = 20_000, seed: int = 0) -> Tens
         if len(rows) > most:
             keys, kept = keys.topk(most, largest=False)
             rows = rows[kept]
-    if rows is None:
-        raise ValueError("the loader gave no sample: all its batches are empty")
-    return rows
+    return torch.empty(0) if rows is None else rows  # another process may have some
 
 
 def k_means(rows: Tensor, clusters: int, seed: int = 0, starts: int = _STARTS) -> tuple[Tensor, Tensor]:
     """Centres [K, D] of rows [N, D], and which of them is the nearest to each row: the best of several starts."""
     positive("clusters", clusters)
+    if not len(rows):
+        raise ValueError("the loader gave no sample: all its batches are empty")
     if len(torch.unique(rows, dim=0)) < clusters:
         raise ValueError(f"`clusters` is {clusters}; there are only {len(torch.unique(rows, dim=0))} different samples")
     found = _library("sklearn.cluster").KMeans(clusters, n_init=starts, random_state=seed).fit(rows.cpu().numpy())

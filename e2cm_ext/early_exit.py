@@ -25,6 +25,7 @@ from .cost import Costs
 from .decisions import Decisions
 from .export import Format, export
 from .guarantee import Of
+from .head import positive
 from .heads import Head, build, from_config
 from .passes import Loader
 from .profile import Profile, TimedPoint, check_batch_size
@@ -173,6 +174,8 @@ class EarlyExit(nn.Module):
             raise ValueError(f"`labels` is {labels!r}; wanted 'loader', for those that it yields, or None")
         if labels is not None and clusters is not None:
             raise TypeError("`clusters` are found where there are no labels: give labels=None with it")
+        if clusters is not None:
+            positive("clusters", clusters)
         stages, heads = self._answering(loader, clusters, progress)
         own = None if labels is not None else lambda images: stages(images).argmax(1)
         ready = self._loader(loader, progress, own)._replace(num_classes=heads[0].num_classes)
@@ -193,9 +196,12 @@ class EarlyExit(nn.Module):
         if clusters is not None:
             ready = self._loader(loader, progress)
             passes.refuse_used_up(ready, 2)
-            rows = sample(stages(images) for images in ready.images("clusters") if len(images))
+            with processes.in_step("fit"):
+                mine = sample(stages(images) for images in ready.images("clusters") if len(images))
+            rows = processes.everyones(mine)
+            centres = processes.of_the_first(lambda: centres_of(torch.cat(rows), clusters))
             device, _ = passes.place_of(stages)
-            stages = with_centres(stages, centres_of(rows, clusters).to(device))
+            stages = with_centres(stages, centres.to(device))
         if clusters is not None or before is not None:
             example = torch.zeros(1, *self._image_shape, dtype=self._image_dtype)
             _, count = _shapes(stages, passes.placed(example, stages))

@@ -62,7 +62,8 @@ class Loader(NamedTuple):
                 for images, labels in bar:
                     x = placed(images, self.network)
                     if self.answers is not None:
-                        labels = self.answers(x.clone())  # a network may overwrite what it is given
+                        with torch.no_grad():
+                            labels = self.answers(x.clone())  # a network may overwrite what it is given
                     assert labels is not None
                     yield x, labels
             except data.NoBatch:
@@ -76,8 +77,12 @@ class Loader(NamedTuple):
             self.batches, image_shape=self.image_shape, device=device, labels=False, finite=False, empty=True
         )
         with self._bar(batches, what) as bar:
-            for images, _ in bar:
-                yield images.to(dtype) if images.is_floating_point() else images
+            try:
+                for images, _ in bar:
+                    yield images.to(dtype) if images.is_floating_point() else images
+            except data.NoBatch:
+                if processes.count() == 1:  # as above
+                    raise
 
     def _bar(self, batches: Iterator[Any], what: str) -> tqdm[Any]:
         try:

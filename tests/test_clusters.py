@@ -241,6 +241,8 @@ def test_what_does_not_go_together():
         ee.fit(loader(), labels="mine")
     with pytest.raises(ValueError, match="`clusters` holds 0"):
         ee.fit(loader(), progress=False, labels=None, clusters=0)
+    with pytest.raises(ValueError, match="all its batches are empty"):
+        ee.fit([images(0)], progress=False, labels=None, clusters=2)
     with pytest.raises(TypeError, match="can be run through only once"):
         ee.fit(iter(loader()), progress=False, labels=None, clusters=4)
 

@@ -37,7 +37,9 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   static_cast<void>(stream);
   return emulation::run(grid, block, shared, [&] { kernel(arguments...); });
 #else
-  kernel<<<grid, block, shared, stream> > >(arguments...);
+  // clang-format off: takes a header for plain C++, where this would be a shift
+  kernel<<<grid, block, shared, stream>>>(arguments...);
+  // clang-format on
   return cudaGetLastError();
 #endif
 }

@@ -36,6 +36,7 @@ struct Map {
   Axis rows[kKinds], columns[kKinds];
   int64_t before[kKinds];  // cells of the kinds before
   int64_t cells, pairs, size;
+  double share;  // of a pixel in the mean of a map
   double* sums;  // [rows, cells, channels]
   float* out;    // [rows, size]
 };
@@ -62,7 +63,12 @@ __device__ inline int64_t address(const Maps& maps, int64_t sample, int64_t chan
   return sample * maps.stride + (maps.channels_last ? pixel * maps.channels + channel : channel * pixels + pixel);
 }
 
-// tile[c * kApart + p] = channel (first + c) of pixel (at + p), c < channels, p < pixels; channels come round again.
+// Channels come round again. In 32 bits: a 64-bit division is a call, around which registers would go to memory.
+__device__ inline int64_t come_round(int64_t channel, int64_t channels) {
+  return static_cast<uint32_t>(channel) % static_cast<uint32_t>(channels);
+}
+
+// tile[c * kApart + p] = channel (first + c) of pixel (at + p), c < channels, p < pixels.
 template <class T>
 __device__ void load_tile(const Maps& maps, int64_t sample, int64_t first, int channels, int64_t at, int pixels,
                           float* tile) {
@@ -70,14 +76,14 @@ __device__ void load_tile(const Maps& maps, int64_t sample, int64_t first, int c
   const int threads = blockDim.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = threads / kWarp;
   if (maps.channels_last) {
     for (int c = threadIdx.x; c < channels; c += threads) {
-      const int64_t channel = (first + c) % maps.channels;
+      const int64_t channel = come_round(first + c, maps.channels);
       E2CM_LOOP_8 for (int p = 0; p < kPixels; ++p) {
         if (p < pixels) tile[c * kApart + p] = widen(x[address(maps, sample, channel, at + p)]);
       }
     }
   } else if (lane < pixels) {
     E2CM_LOOP_8 for (int c = warp; c < channels; c += warps) {
-      tile[c * kApart + lane] = widen(x[address(maps, sample, (first + c) % maps.channels, at + lane)]);
+      tile[c * kApart + lane] = widen(x[address(maps, sample, come_round(first + c, maps.channels), at + lane)]);
     }
   }
 }
@@ -123,7 +129,7 @@ struct Cells {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kMost) cell_statistics(const Map m) {
+__global__ void __launch_bounds__(kMost, 5) cell_statistics(const Map m) {
   const Maps& maps = m.maps;
   const int64_t sample = blockIdx.x, first = int64_t{blockIdx.y} * kMost, pixels = maps.height * maps.width;
   const int left = static_cast<int>(maps.channels - first < kMost ? maps.channels - first : kMost);
@@ -164,7 +170,7 @@ __global__ void __launch_bounds__(kMost) cell_statistics(const Map m) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMost) pair_statistics(const Map m) {
+__global__ void __launch_bounds__(kMost, 6) pair_statistics(const Map m) {
   const Maps& maps = m.maps;
   const int64_t sample = blockIdx.x, first = int64_t{blockIdx.y} * kMost, pixels = maps.height * maps.width;
   const int64_t offset = int64_t{blockIdx.z} * kOffsets;
@@ -190,7 +196,7 @@ __global__ void __launch_bounds__(kMost) pair_statistics(const Map m) {
   if (!exists) return;
   float* const out = m.out + sample * m.size + m.cells * maps.channels;
   E2CM_LOOP for (int o = 0; o < kOffsets; ++o) {
-    const float mean = static_cast<float>(totals[o] / static_cast<double>(pixels));
+    const float mean = static_cast<float>(totals[o] * m.share);
     if (offset + o < m.pairs)
       out[(offset + o) * maps.channels + first + threadIdx.x] = copysignf(sqrtf(fabsf(mean)), mean);
   }
@@ -231,6 +237,7 @@ cudaError_t launch_statistics(const Maps& maps, const Statistics& wanted, float*
                 wanted.cells(),
                 wanted.pairs,
                 wanted.size(maps.channels),
+                1 / static_cast<double>(maps.height * maps.width),
                 static_cast<double*>(workspace),
                 out};
   if (maps.dtype == DType::bf16) return launch_as<bf16>(map, stream);

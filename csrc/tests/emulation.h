@@ -6,6 +6,7 @@
 // again (a barrier that some threads of a block never reach) is told, and ends the program.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -60,7 +61,9 @@ namespace e2cm::emulation {
 enum class Order { forwards, backwards, shuffled };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to begin with
+  jmp_buf place;       // to go on with: swapcontext asks the system each time
+  bool begun = false;
   std::unique_ptr<char[]> stack;
   void* fake_stack = nullptr;
   dim3 thread;
@@ -85,7 +88,7 @@ struct State {
   std::vector<Warp> warps;
   std::vector<unsigned> turns;  // exchanges so far, of each thread
   unsigned arrived = 0, alive = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_size = 0;
@@ -106,15 +109,11 @@ inline void to_scheduler(bool for_good) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &self->fake_stack, s.scheduler_stack, s.scheduler_stack_size);
 #endif
-  swapcontext(&self->context, &s.scheduler);
+  if (!_setjmp(self->place)) _longjmp(s.scheduler, 1);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
 #endif
   static_cast<void>(for_good);
-}
-
-inline void release(unsigned first, unsigned last) {
-  for (unsigned i = first; i < last; ++i) state().fibers[i].waits_for = 0;
 }
 
 inline void release_if_complete(unsigned number) {
@@ -155,6 +154,23 @@ inline void entry() {
   to_scheduler(true);
 }
 
+// Until it waits or ends.
+inline void run_fiber(Fiber& fiber) {
+  State& s = state();
+  s.current = &fiber;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&s.scheduler_fake_stack, fiber.stack.get(), kStack);
+#endif
+  if (!_setjmp(s.scheduler)) {
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(state().scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
 inline std::vector<unsigned> in_order(unsigned count, unsigned salt) {
   std::vector<unsigned> all(count);
   std::iota(all.begin(), all.end(), 0u);
@@ -176,7 +192,7 @@ inline void run_block(const dim3& at) {
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = s.fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
-    fiber.number = i, fiber.waits_for = 0, fiber.done = false;
+    fiber.number = i, fiber.waits_for = 0, fiber.done = fiber.begun = false;
     fiber.thread = dim3(i % s.block.x, i / s.block.x % s.block.y, i / s.block.x / s.block.y);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -192,14 +208,7 @@ inline void run_block(const dim3& at) {
       Fiber& fiber = s.fibers[i];
       if (fiber.done || fiber.waits_for) continue;
       any = true;
-      s.current = &fiber;
-#if defined(__SANITIZE_ADDRESS__)
-      __sanitizer_start_switch_fiber(&s.scheduler_fake_stack, fiber.stack.get(), kStack);
-#endif
-      swapcontext(&s.scheduler, &fiber.context);
-#if defined(__SANITIZE_ADDRESS__)
-      __sanitizer_finish_switch_fiber(s.scheduler_fake_stack, nullptr, nullptr);
-#endif
+      run_fiber(fiber);
     }
     if (!any) {
       std::fprintf(stderr, "emulation: some threads of block (%u, %u, %u) wait for others forever\n", at.x, at.y, at.z);

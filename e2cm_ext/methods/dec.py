@@ -19,7 +19,7 @@ What the paper leaves out, and is ours:
   that agree with it in most training samples. No label is needed.
 - Thresholds are found on training images with the large encoder's own assignment for labels. It is also what a sample
   gets that leaves at no exit: DEC's, the nearest centre, without the normalisation of equation 4.
-- Adam, fewer epochs, and larger steps than the 300,000 iterations of plain gradient descent of the original; the
+- Adam with a falling rate and far fewer steps, in place of the original's 300,000 of plain gradient descent; the
   decoders of the shared layers start from those of the large encoder's pretraining.
 - Images are divided by their root mean square, so that squares average 1, as in the original; that of the training
   images is kept in the network.
@@ -198,19 +198,18 @@ def shifted(images: Tensor, pixels: float = 2, degrees: float = 10) -> Tensor:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long, and how fast. The sizes of steps, epochs and batches are ours; corruption, starts, `refresh` and
-    `tolerance` are the original's."""
+    """How long, and how fast. Ours, but for corruption, starts, batch and tolerance."""
 
-    layer_epochs: int = 2
-    epochs: int = 12  # of the whole autoencoder
+    layer_epochs: int = 4
+    epochs: int = 16  # of the whole autoencoder
     exit_epochs: int = 4  # of an exit's, which shares most of its layers with that
     rate: float = 1e-3  # of Adam, for autoencoders; it falls to 0 along half a cosine
     corruption: float = 0.2  # share of the numbers that are set to 0
     starts: int = 20  # of k-means
-    cluster_rate: float = 5e-4  # of Adam, for DEC
-    refresh: int = 140  # batches between two targets
+    cluster_rate: float = 2e-4  # of Adam, for DEC; it falls in the same way, along `most` targets
+    refresh: int = 80  # batches between two targets
     tolerance: float = 0.001  # the end: fewer of the samples have changed their cluster between two targets
-    most: int = 15  # targets, if that does not happen
+    most: int = 25  # targets, if that does not happen
     batch: int = 256
 
 
@@ -238,8 +237,8 @@ def train(
 
     loader: yields images or (images, labels); no label is looked at. All images are held in memory, as float32.
     distort: images [B, ...] -> images that are still of the same cluster, altered at random, such as `shifted` makes.
-    Autoencoders then restore an image from what became of it, and in DEC q is that of altered images (p never is).
-    Ours, after DEC with data augmentation (Guo, Zhu, Liu and Yin, 2018). None: as in the paper.
+    The codes that DEC learns from are then those of altered images; those that targets and centres are made from never
+    are. Ours, after DEC with data augmentation (Guo, Zhu, Liu and Yin, 2018). None: as in the paper.
     checkpoint: a file to go on from if it is there, written after every step of the training. precision: of products
     of matrices, by autocast, such as torch.bfloat16; None: float32. torch's generators are left as they were.
     """
@@ -343,7 +342,7 @@ class _Work(nn.Module):
             behind = 0.0 if layer is layers[-1] else self.schedule.corruption
             denoise = nn.Sequential(nn.Dropout(self.schedule.corruption), layer, nn.Dropout(behind), undo)
             what = f"{self.names[which]}: layer {len(frozen) + d + 1} of {len(frozen) + len(layers)}"
-            self._restore(denoise, rows.__getitem__, rows, self.schedule.layer_epochs, what)
+            self._restore(denoise, rows, rows, self.schedule.layer_epochs, what)
             rows = self._run([layer], rows)
 
     def _fine_tune(self, which: int) -> None:
@@ -351,18 +350,17 @@ class _Work(nn.Module):
         frozen, layers = self._parts(which)
         whole = nn.Sequential(*layers, *reversed(self._decoders(which)))
         epochs = self.schedule.exit_epochs if which else self.schedule.epochs
-        self._restore(whole, self._altered(frozen), self.rows, epochs, f"{self.names[which]}: autoencoder")
+        rows = self._run(frozen, self.rows)
+        self._restore(whole, rows, self.rows, epochs, f"{self.names[which]}: autoencoder")
 
-    def _restore(
-        self, module: nn.Module, rows: Callable[[Tensor], Tensor], wanted: Tensor, epochs: int, what: str
-    ) -> None:
-        optimizer = torch.optim.Adam(module.parameters(), self.schedule.rate)
-        batches = epochs * math.ceil(len(wanted) / self.schedule.batch)
-        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, batches))
+    def _restore(self, module: nn.Module, rows: Tensor, wanted: Tensor, epochs: int, what: str) -> None:
+        optimizer = torch.optim.Adam(module.parameters(), self.schedule.rate, fused=True)
+        batches = epochs * math.ceil(len(rows) / self.schedule.batch)
+        falling = _falling(optimizer, batches)
         with tqdm(total=batches, desc=what, unit="batch", disable=not self.progress, leave=False) as bar:
             for _ in range(epochs):
                 for some in self._shuffled():
-                    loss = F.mse_loss(self._call(module, rows(some)), wanted[some])
+                    loss = F.mse_loss(self._call(module, rows[some]), wanted[some])
                     _descend(optimizer, loss)
                     falling.step()
                     bar.update(1)
@@ -375,7 +373,8 @@ class _Work(nn.Module):
         rows, altered = self._run(frozen, self.rows), self._altered(frozen)
         means, start = k_means(self._run(layers, rows), len(self.centres.means), self.seed, self.schedule.starts)
         centres = nn.Parameter(means)
-        optimizer = torch.optim.Adam([*encoder.parameters(), centres], self.schedule.cluster_rate)
+        optimizer = torch.optim.Adam([*encoder.parameters(), centres], self.schedule.cluster_rate, fused=True)
+        falling = _falling(optimizer, self.schedule.most * self.schedule.refresh)
         before, changed = start, []
         batches = self._endless()
         with tqdm(desc=f"{self.names[which]}: clusters", unit="target", disable=not self.progress, leave=False) as bar:
@@ -389,9 +388,9 @@ class _Work(nn.Module):
                     break
                 before, p = now, target(q)
                 for some in islice(batches, self.schedule.refresh):
-                    _descend(
-                        optimizer, divergence(p[some], soft_assignment(self._call(encoder, altered(some)), centres))
-                    )
+                    q = soft_assignment(self._call(encoder, altered(some)), centres)
+                    _descend(optimizer, divergence(p[some], q))
+                    falling.step()
                 bar.update(1)
         _refuse_non_finite(encoder, "DEC")
         self._note(which, start, changed, centres.detach())
@@ -475,6 +474,11 @@ def _linear(part: nn.Module) -> nn.Linear:
 
 def _decoder(size: int, out: int, rectified: bool) -> nn.Sequential:
     return nn.Sequential(nn.Linear(size, out), *([nn.ReLU()] if rectified else []))
+
+
+def _falling(optimizer: torch.optim.Optimizer, batches: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """To 0 along half a cosine, in so many batches."""
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, batches))
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
