@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from . import data, demo, files, report, turns
+from . import data, demo, files, passes, report, turns
 from ._native import build_info
 from .calibration import OperatingPoint
 from .early_exit import EarlyExit
@@ -380,7 +380,7 @@ def curve(file: Path, picture: Path | None, **options: Any) -> None:
             table.add_row(f"{limit:.1f}", "", "", "cheaper than the first exit")
         else:
             table.add_row(
-                f"{budget:.1f}", f"{point.flops:.4f}", f"{point.accuracy:.4f}", f"{point.accuracy - base:+.4f}"
+                f"{limit:.1f}", f"{point.flops:.4f}", f"{point.accuracy:.4f}", f"{point.accuracy - base:+.4f}"
             )
     result = {
         "data": work.described(),
@@ -461,7 +461,7 @@ def bench(file: Path, rounds: int, batches: int, **options: Any) -> None:
     work = Work.of(options)
     ee = work.load(file)
     size = options["batch_size"]
-    some = torch.split(report.first_images(work.images(), size * batches).to(options["device"]), size)
+    some = torch.split(passes.placed(report.first_images(work.images(), size * batches), work.model), size)
 
     def through(run: Callable[[Tensor], Any]) -> Callable[[], None]:
         def way() -> None:
@@ -577,7 +577,8 @@ def demo_command(out: Path, flops: float, small: bool, **options: Any) -> None:
     """Train a small network on handwritten digits, give it exits, measure, and write a report. Needs no data.
 
     \b
-      pip install 'e2cm_ext[demo]' && e2cm demo
+      e2cm demo
+      e2cm demo --flops 0.1 -o cheap.html
     """
     rows = demo.run(out, flops=flops, small=small, command=_command_line(), progress=not options["quiet"])
     table = _table(

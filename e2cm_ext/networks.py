@@ -161,7 +161,7 @@ def _found(name: str) -> tuple[str, str]:
         if kind not in names(zoo):
             raise ValueError(f"{zoo} has no network {kind!r}{_near(kind, zoo)}")
         return zoo, kind
-    have = [zoo for zoo in _ZOOS if importlib.util.find_spec(zoo) and name in names(zoo)]
+    have = [zoo for zoo in _ZOOS if name in _names_if_any(zoo)]
     if len(have) == 1:
         return have[0], name
     if have:
@@ -172,6 +172,13 @@ def _found(name: str) -> tuple[str, str]:
         f"{name!r} is no network; wanted torchvision/NAME or timm/NAME (pip install 'e2cm_ext[vision]'), or "
         f"module:function, or file.py:function"
     )
+
+
+def _names_if_any(zoo: str) -> list[str]:
+    try:
+        return names(zoo)
+    except ImportError:
+        return []
 
 
 def _near(kind: str, zoo: str) -> str:

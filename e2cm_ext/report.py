@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import files, pictures, turns
+from . import files, passes, pictures, turns
 from ._native import build_info
 from .calibration import Curve, Method, OperatingPoint
 from .early_exit import EarlyExit
@@ -86,10 +86,13 @@ def write(
     made the report. What was at `path` stays until the new file is complete.
     """
     refuse_no_matplotlib()
-    record = ee.record(loader, progress)
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):  # said before the work, not after it
+        raise FileNotFoundError(f"{os.fspath(path)} cannot be written: there is no folder {folder}")
     names = [str(name) for name in classes] if classes else [str(k) for k in range(ee.num_classes)]
     if len(names) < ee.num_classes:
         raise ValueError(f"`classes` has {len(names)} names; wanted {ee.num_classes}")
+    record = ee.record(loader, progress)
     images = first_images(loader, batch_size)
     if profile is None:
         profile = ee.profile(images, batch_size, progress=progress)
@@ -153,6 +156,7 @@ def measured(
     The network itself is here with all its exits off.
     """
     before = ee.thresholds
+    images = passes.placed(images, ee.stages)
 
     def way(limits: Tensor | float) -> Callable[[], Any]:
         def run() -> None:

@@ -125,7 +125,7 @@ def test_names_are_shown_as_they_are(made):
 
 def test_its_figures_are_those_of_the_record(made):
     text, ee, record = made
-    shown = " ".join("".join(Page(text).text).split())
+    shown = " ".join(" ".join(Page(text).text).split())
     replay = record.replay(ee.thresholds)
     assert f"accuracy {replay.accuracy:.4f}" in shown
     assert f"network alone {float(record.accuracy[-1]):.4f}" in shown
