@@ -166,7 +166,7 @@ def test_time_decides_where_flops_mislead():
 @given(records(rows=(17, 65), exits=(1, 3)), st.data(), st.integers(1, 8), st.integers(0, 1000))
 def test_exits_that_do_not_pay_are_switched_off(record, data, batch_size, seed):
     """What is left cannot be made quicker by one exit less, and is never slower than what there was."""
-    limits = torch.tensor(data.draw(thresholds_for(record)))
+    limits = torch.as_tensor(data.draw(thresholds_for(record)))
     found = made_up(record.exits, seed=seed)
     point = paying(record, found, limits, batch_size)
     kept = point.thresholds < INF
