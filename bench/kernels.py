@@ -2,6 +2,7 @@
 
     python bench/kernels.py       the table: the ways of a shape take turns, round by round, so noise hits all alike
     pytest bench/kernels.py       the same ways one after the other, under pytest-benchmark
+    python bench/kernels.py --device cuda       on a GPU: see gpu_kernels.py
 
 Every way does the whole exit step: distances to the class means, divided by the scales, log-softmax, who leaves, the
 leavers' answers (confidence, prediction, log-probabilities) written into their rows of the output, and the survivors'
@@ -584,16 +585,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float32", help="of the features; class means stay float32")
     add("--leave", choices=["half", "all"], default="half", help="how many of a batch leave (default: half)")
     add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--dry-run", action="store_true", help="with --device cuda: a small problem on the CPU, to try the script")
     add("--max-autotune", action="store_true", help="compile with max-autotune, too: about 10 s more per shape")
     add("--json", type=Path, help="default: bench/results/kernels-<cpu>.json, if all shapes and threads are measured")
-    arguments = parser.parse_args()
-    if arguments.device not in DEVICES:
-        parser.error(f"--device {arguments.device}: there are no kernels for it yet; only {', '.join(DEVICES)} works")
-    return arguments
+    return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.device == "cuda":
+        import gpu_kernels
+
+        gpu_kernels.run(arguments.json, min(arguments.seconds, 1.0), ["float32", "bfloat16"], arguments.dry_run)
+        return
     threads = sorted(set(arguments.threads))
     started, points = time.perf_counter(), []
     for shape in arguments.shapes:

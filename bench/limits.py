@@ -23,8 +23,10 @@ import torch
 SOURCE = Path(__file__).with_name("limits.c")
 FOR_THIS_MACHINE = (["-march=native"], ["-mcpu=native"], [])
 PROBE_SECONDS = 0.004
+REST_SECONDS = 0.02  # OpenMP's threads go on spinning for some milliseconds, on cores that a probe needs
 LINE = 64  # threads get whole cache lines
 
+_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 Probe = Callable[[], float]  # runs for about PROBE_SECONDS and returns a rate per second
 
 
@@ -75,8 +77,9 @@ class Limits:
         if library() is None:
             return _rate(lambda times: [data.sum() for _ in range(times)], size)
         patterns = [(streams, ahead) for streams in (1, 2, 4, 8) for ahead in (0, 1024)]
+        self._rest()
         probes = [_rate(self._reader(data, *pattern), size) for pattern in patterns]
-        return max(probes, key=lambda probe: max(probe() for _ in range(3)))
+        return self._rested(max(probes, key=lambda probe: max(probe() for _ in range(3))))
 
     def multiply_add(self) -> Probe:
         """Floating point operations per second, float32, a multiply-add counting as two."""
@@ -89,7 +92,19 @@ class Limits:
         def work(times: int, thread: int) -> None:
             native.limits_multiply_add(times * 1000, ctypes.c_float())
 
-        return _rate(functools.partial(self._side_by_side, work), 1000 * per_time * self.threads)
+        self._rest()
+        return self._rested(_rate(functools.partial(self._side_by_side, work), 1000 * per_time * self.threads))
+
+    def _rest(self) -> None:
+        if self.threads > 1:
+            time.sleep(REST_SECONDS)
+
+    def _rested(self, probe: Probe) -> Probe:
+        def rested() -> float:
+            self._rest()
+            return probe()
+
+        return rested
 
     def _reader(self, data: torch.Tensor, streams: int, ahead: int) -> Callable[[int], float]:
         native, size = library(), data.numel() * 4
@@ -107,6 +122,7 @@ class Limits:
         barrier = threading.Barrier(self.threads)
 
         def timed(thread: int) -> tuple[float, float]:
+            _take_core(thread)
             barrier.wait()
             start = time.perf_counter()
             work(times, thread)
@@ -114,6 +130,13 @@ class Limits:
 
         spans = list(self._pool.map(timed, range(self.threads)))
         return max(end for _, end in spans) - min(start for start, _ in spans)
+
+
+def _take_core(thread: int) -> None:
+    """Left alone, threads that have just woken up may share a core for longer than a probe takes."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(_CORES)
+        os.sched_setaffinity(0, {cores[thread % len(cores)]})
 
 
 def _rate(run: Callable[[int], object], amount: float) -> Probe:

@@ -140,13 +140,110 @@ void gather_rows(Address source, int64_t row_bytes, int64_t source_stride, Addre
 }
 
 #ifdef E2CM_HAVE_CUDA
-void cuda_gather_rows(Address source, int64_t row_bytes, int64_t source_stride, Address index, int64_t count,
-                      Address target, Address stream) {
+// All of these put work on a stream. Addresses are of device memory.
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Number of the device, and of a stream of it. The runtime that is linked in knows nothing of what torch has told its
+// own.
+using Place = std::pair<int, Address>;
+
+cudaStream_t stream_at(const Place& place) {
+  check(cudaSetDevice(place.first), "cudaSetDevice");
+  return reinterpret_cast<cudaStream_t>(place.second);
+}
+
+// Rule, threshold, number of the exit, ids, stays, bad_ids; are rows marked. Without: every row is answered.
+using CudaDeparture = std::optional<std::tuple<int, float, int64_t, Address, Address, Address, bool>>;
+// Rows; confidence, prediction, exit, log_probs.
+using CudaAnswers = std::tuple<int64_t, Address, Address, Address, Address>;
+
+e2cm::cuda::Finish finish_at(const CudaAnswers& answers, int64_t classes, const CudaDeparture& departure) {
+  const auto [rows, confidence, prediction, exit, log_probs] = answers;
+  e2cm::cuda::Finish finish{};
+  finish.out = {rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
+  if (departure) {
+    const auto [rule, threshold, number, ids, stays, bad_ids, marked] = *departure;
+    finish.ids = at<const int64_t>(ids);
+    finish.rule = static_cast<e2cm::Rule>(rule);
+    finish.threshold = threshold;
+    finish.exit_number = number;
+    finish.stays = at<uint8_t>(stays);
+    finish.marked = marked;
+    finish.bad_ids = at<int64_t>(bad_ids);
+  }
+  return finish;
+}
+
+e2cm::cuda::Exit exit_at(const X& x, const Statistics& statistics, Address vectors, int64_t classes, int64_t dim,
+                         bool squares) {
+  e2cm::cuda::Exit exit{};
+  exit.statistics = statistics.has_value();
+  if (statistics)
+    exit.pooled = pooled_at(x, *statistics);
+  else
+    exit.x = rows_at(x.data, x.dtype, x.rows, x.dim, x.stride);
+  exit.vectors = rows_at(vectors, static_cast<int>(e2cm::DType::f32), classes, dim, dim);
+  exit.squares = squares;
+  return exit;
+}
+
+int64_t cuda_exit_workspace(int64_t rows, int64_t classes, int64_t dim, const Statistics& statistics) {
+  return e2cm::cuda::exit_workspace(exit_at({0, 0, rows, dim, dim}, statistics, 0, classes, dim, true));
+}
+
+void cuda_exit(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, const Statistics& statistics,
+               Address vectors, int64_t classes, int64_t vectors_dim, bool squares, Address center, Address per_class,
+               Address distances, const CudaAnswers& answers, const CudaDeparture& departure, Address workspace,
+               const Place& place) {
   py::gil_scoped_release unlocked;
-  const cudaError_t error =
-      e2cm::cuda::launch_gather_rows(at<const void>(source), row_bytes, source_stride, at<const int64_t>(index), count,
-                                     at<void>(target), reinterpret_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) throw std::runtime_error(std::string("gather_rows: ") + cudaGetErrorString(error));
+  e2cm::cuda::Exit exit =
+      exit_at({x, x_dtype, rows, dim, x_stride}, statistics, vectors, classes, vectors_dim, squares);
+  exit.center = at<const float>(center);
+  exit.per_class = at<const float>(per_class);
+  exit.distances = at<float>(distances);
+  exit.finish = finish_at(answers, classes, departure);
+  check(e2cm::cuda::launch_exit(exit, at<void>(workspace), stream_at(place)), "the exit step");
+}
+
+void cuda_decide(Address scores, int scores_dtype, int64_t rows, int64_t classes, int64_t scores_stride, Address scale,
+                 const CudaAnswers& answers, const CudaDeparture& departure, const Place& place) {
+  py::gil_scoped_release unlocked;
+  check(e2cm::cuda::launch_decide(rows_at(scores, scores_dtype, rows, classes, scores_stride), at<const float>(scale),
+                                  finish_at(answers, classes, departure), stream_at(place)),
+        "decide");
+}
+
+int64_t cuda_statistics_workspace(int64_t rows, const Numbers& statistics) {
+  const e2cm::Pooled pooled = pooled_at({0, 0, rows, 0, 0}, statistics);
+  return e2cm::cuda::statistics_workspace(rows, pooled.maps.channels, pooled.wanted);
+}
+
+void cuda_statistics(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, const Numbers& statistics,
+                     Address out, Address workspace, const Place& place) {
+  const e2cm::Pooled pooled = pooled_at({x, x_dtype, rows, dim, x_stride}, statistics);
+  py::gil_scoped_release unlocked;
+  check(
+      e2cm::cuda::launch_statistics(pooled.maps, pooled.wanted, at<float>(out), at<void>(workspace), stream_at(place)),
+      "statistics");
+}
+
+void cuda_kept_rows(Address mask, int64_t rows, Address ids, Address keep, Address kept_ids, Address count,
+                    Address workspace, const Place& place) {
+  py::gil_scoped_release unlocked;
+  check(e2cm::cuda::launch_kept_rows(at<const uint8_t>(mask), rows, at<const int64_t>(ids), at<int64_t>(keep),
+                                     at<int64_t>(kept_ids), at<int64_t>(count), at<void>(workspace), stream_at(place)),
+        "kept_rows");
+}
+
+void cuda_gather_rows(Address source, int64_t row_bytes, int64_t source_stride, Address index, Address counted,
+                      int64_t most, Address target, const Place& place) {
+  py::gil_scoped_release unlocked;
+  check(e2cm::cuda::launch_gather_rows(at<const void>(source), row_bytes, source_stride, at<const int64_t>(index),
+                                       at<const int64_t>(counted), most, at<void>(target), stream_at(place)),
+        "gather_rows");
 }
 #endif
 
@@ -246,9 +343,29 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("row_bytes"), py::arg("source_stride"), py::arg("index"), py::arg("count"), py::arg("target"),
         py::arg("threads"));
 #ifdef E2CM_HAVE_CUDA
-  m.def("cuda_gather_rows", &cuda_gather_rows, "gather_rows on a CUDA stream; addresses are of device memory.",
-        py::arg("source"), py::arg("row_bytes"), py::arg("source_stride"), py::arg("index"), py::arg("count"),
-        py::arg("target"), py::arg("stream"));
+  m.def("cuda_exit_workspace", &cuda_exit_workspace, "Bytes that cuda_exit needs.", py::arg("rows"), py::arg("classes"),
+        py::arg("dim"), py::arg("statistics"));
+  m.def("cuda_exit", &cuda_exit, "A head's distances, scores or departures on a CUDA stream.", py::arg("x"),
+        py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("statistics"),
+        py::arg("vectors"), py::arg("classes"), py::arg("vectors_dim"), py::arg("squares"), py::arg("center"),
+        py::arg("per_class"), py::arg("distances"), py::arg("answers"), py::arg("departure"), py::arg("workspace"),
+        py::arg("place"));
+  m.def("cuda_decide", &cuda_decide, "decide on a CUDA stream.", py::arg("scores"), py::arg("scores_dtype"),
+        py::arg("rows"), py::arg("classes"), py::arg("scores_stride"), py::arg("scale"), py::arg("answers"),
+        py::arg("departure"), py::arg("place"));
+  m.def("cuda_statistics_workspace", &cuda_statistics_workspace, "Bytes that cuda_statistics needs.", py::arg("rows"),
+        py::arg("statistics"));
+  m.def("cuda_statistics", &cuda_statistics, "statistics on a CUDA stream.", py::arg("x"), py::arg("x_dtype"),
+        py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("statistics"), py::arg("out"),
+        py::arg("workspace"), py::arg("place"));
+  m.def("cuda_kept_rows_workspace", &e2cm::cuda::kept_rows_workspace, "Bytes that cuda_kept_rows needs.",
+        py::arg("rows"));
+  m.def("cuda_kept_rows", &cuda_kept_rows, "kept_rows on a CUDA stream, with their ids; the count goes to memory.",
+        py::arg("mask"), py::arg("rows"), py::arg("ids"), py::arg("keep"), py::arg("kept_ids"), py::arg("count"),
+        py::arg("workspace"), py::arg("place"));
+  m.def("cuda_gather_rows", &cuda_gather_rows, "gather_rows on a CUDA stream; as many rows as memory says.",
+        py::arg("source"), py::arg("row_bytes"), py::arg("source_stride"), py::arg("index"), py::arg("counted"),
+        py::arg("most"), py::arg("target"), py::arg("place"));
 #endif
   e2cm::bind_usual_calls(m);
   m.def("build_info", &build_info, "How this module was built, and the instruction set it uses.");

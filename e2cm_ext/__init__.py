@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
 from . import (
     calibration,
     cascade,
+    clusters,
     cost,
     data,
     fast_exit,
@@ -75,6 +76,7 @@ __all__ = [
     # the rooms
     "calibration",
     "cascade",
+    "clusters",
     "cost",
     "data",
     "guarantee",

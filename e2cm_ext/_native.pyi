@@ -141,15 +141,70 @@ def gather_rows(
     target: int,
     threads: int,
 ) -> None: ...
+
+# Only in a build with CUDA. place: device and stream. answers: rows; addresses of confidence, prediction, exit and
+# log_probs. departure: rule, threshold, number of the exit; addresses of ids, stays, bad_ids; whether rows that do not
+# stay are passed over.
+_Answers = tuple[int, int, int, int, int]
+_Departure = tuple[int, float, int, int, int, int, bool]
+
+def cuda_exit_workspace(rows: int, classes: int, dim: int, statistics: Sequence[int] | None) -> int: ...
+def cuda_exit(
+    x: int,
+    x_dtype: int,
+    rows: int,
+    dim: int,
+    x_stride: int,
+    statistics: Sequence[int] | None,
+    vectors: int,
+    classes: int,
+    vectors_dim: int,
+    squares: bool,
+    center: int,
+    per_class: int,
+    distances: int,
+    answers: _Answers,
+    departure: _Departure | None,
+    workspace: int,
+    place: tuple[int, int],
+) -> None: ...
+def cuda_decide(
+    scores: int,
+    scores_dtype: int,
+    rows: int,
+    classes: int,
+    scores_stride: int,
+    scale: int,
+    answers: _Answers,
+    departure: _Departure | None,
+    place: tuple[int, int],
+) -> None: ...
+def cuda_statistics_workspace(rows: int, statistics: Sequence[int]) -> int: ...
+def cuda_statistics(
+    x: int,
+    x_dtype: int,
+    rows: int,
+    dim: int,
+    x_stride: int,
+    statistics: Sequence[int],
+    out: int,
+    workspace: int,
+    place: tuple[int, int],
+) -> None: ...
+def cuda_kept_rows_workspace(rows: int) -> int: ...
+def cuda_kept_rows(
+    mask: int, rows: int, ids: int, keep: int, kept_ids: int, count: int, workspace: int, place: tuple[int, int]
+) -> None: ...
 def cuda_gather_rows(
     source: int,
     row_bytes: int,
     source_stride: int,
     index: int,
-    count: int,
+    counted: int,
+    most: int,
     target: int,
-    stream: int,
-) -> None: ...  # only in a build with CUDA
+    place: tuple[int, int],
+) -> None: ...
 def meet_torch(tensor: type, parameter: type, decisions: type, statistics: type) -> bool: ...
 
 # By position only. Whatever comes: None if it is not as usual.

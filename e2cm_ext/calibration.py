@@ -42,7 +42,7 @@ from .search import Points, Search, always_there, best_at, hull, joined, progres
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Curve", "Method", "OperatingPoint", "curve"]
+__all__ = ["Curve", "Method", "OperatingPoint", "curve", "curve_of"]
 
 Method = Literal["auto", "paper", "coordinate"]
 
@@ -227,6 +227,20 @@ def curve(
         points = joined([search.replay(always_there(record.exits)), search.search(targets, seed, bar)])
         if prices:
             points = joined([points, search.ascend(best_at(points, prices), bar)])
+    return _curve(record, points)
+
+
+def curve_of(record: Record, thresholds: Tensor, progress: bool = False) -> Curve:
+    """Of the threshold vectors [P, M] that are given, and no others, on a record."""
+    with progress_bar(progress, "replay", record.exits + 1) as bar:
+        search = Search(record)
+        search.sort(bar)
+        points = search.replay(thresholds)
+        bar.update(1)
+    return _curve(record, points)
+
+
+def _curve(record: Record, points: Points) -> Curve:
     front = points.pick(unbeaten(points))
     corners = front.pick(hull(front))
     return Curve(*corners, float(record.accuracy[-1]), record.names, record.rule, front=front)

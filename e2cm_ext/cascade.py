@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .combination import Combination, combined
 from .compaction import Compaction
 from .decisions import Decisions
+from .head import leave
 from .heads import Head
 from .rules import Rule
 
@@ -34,6 +36,7 @@ def run(
     num_classes: int,
     *,
     compaction: Compaction | None = None,
+    combination: Combination | None = None,
 ) -> Decisions:
     """The answers to a batch, in input order.
 
@@ -44,7 +47,9 @@ def run(
     compaction: what moving costs; without it survivors are moved at every exit where somebody leaves. Answers are the
     same, up to what the network's own convolutions round differently in batches of another size.
     """
-    return through(stages, heads, rule, thresholds, x, num_classes, compaction=compaction).result()
+    return through(
+        stages, heads, rule, thresholds, x, num_classes, compaction=compaction, combination=combination
+    ).result()
 
 
 def through(
@@ -56,9 +61,10 @@ def through(
     num_classes: int,
     *,
     compaction: Compaction | None = None,
+    combination: Combination | None = None,
 ) -> Cascade:
     """`run`, for those who want to know more than the answers."""
-    cascade = Cascade(num_classes, compaction)
+    cascade = Cascade(num_classes, compaction, combination)
     *early, last = stages
     for stage, head, threshold, until in zip(early, heads, thresholds, _next_on(thresholds), strict=True):
         x = cascade.exit(stage(x), head, rule, threshold, until)
@@ -93,13 +99,17 @@ class Cascade:
     """One batch on its way through a network: who is left, and what has been answered."""
 
     __slots__ = (
-        "_compaction", "_dtype", "_ids", "_left", "_next", "_num_classes", "_out", "_paid", "_result", "_rows",
-        "_targets",
+        "_combination", "_compaction", "_dtype", "_ids", "_left", "_memory", "_next", "_num_classes", "_out", "_paid",
+        "_result", "_rows", "_targets",
     )  # fmt: skip
 
-    def __init__(self, num_classes: int, compaction: Compaction | None = None) -> None:
+    def __init__(
+        self, num_classes: int, compaction: Compaction | None = None, combination: Combination | None = None
+    ) -> None:
         self._num_classes = num_classes
-        self._compaction = compaction
+        self._compaction = compaction if combination is None else None  # what is remembered moves with the survivors
+        self._combination = combination
+        self._memory: Tensor | None = None  # the combination's, of all samples of the batch
         self._next = 0  # the number of the exit that comes next
         self._rows = 0  # how many samples there were
         self._left: int | None = None  # how many samples are still there; None as long as nobody could leave
@@ -129,7 +139,10 @@ class Cascade:
             out = self._out = Decisions.empty(room, self._num_classes, device)
             ids = self._ids = self._targets = torch.arange(rows, device=device)
             self._rows = self._left = rows
-        if self._moves_anyhow(x, head, number, until):
+        if self._combination is not None:
+            x, self._ids = self._remembering(self._combination, x, head, rule, threshold, ids, out, number)
+            self._targets, self._left = self._ids, x.shape[0]
+        elif self._moves_anyhow(x, head, number, until):
             x, self._ids = head.step(x, threshold, ids, out, rule=rule, exit=number)
             self._targets, self._left = self._ids, x.shape[0]
         else:
@@ -137,6 +150,25 @@ class Cascade:
         if self._left == 0:
             self._result, self._dtype = self._read(out), _dtype_of_log_softmax(x)
         return x
+
+    def _remembering(
+        self,
+        combination: Combination,
+        x: Tensor,
+        head: Head,
+        rule: Rule,
+        threshold: float,
+        ids: Tensor,
+        out: Decisions,
+        number: int,
+    ) -> tuple[Tensor, Tensor]:
+        known = None if self._memory is None else self._memory[ids]
+        answer, certainty, memory = combined(combination, head, rule, x, known, number)
+        if self._memory is None:  # the first exit that is on: nobody has left
+            self._memory = memory.clone()
+        else:
+            self._memory[ids] = memory
+        return leave(x, answer, certainty, threshold, ids, out, number)
 
     def _moves_anyhow(self, x: Tensor, head: Head, number: int, until: int) -> bool:
         """Would survivors be moved even if only one sample left?"""
@@ -170,8 +202,11 @@ class Cascade:
         """The network's own answer to the samples that are left, under the next exit's number."""
         log_probs = logits.log_softmax(1)
         self._dtype = log_probs.dtype
+        out, ids, targets = self._out, self._ids, self._targets
+        if self._combination is not None and self._memory is not None and ids is not None:
+            logits, _ = self._combination(log_probs.float(), self._memory[ids], self._next, True)
+            log_probs = logits
         answers = own_answers(logits, log_probs, self._next)
-        out, targets = self._out, self._targets
         if out is None or targets is None or self._left == self._rows:
             self._result = answers
             return

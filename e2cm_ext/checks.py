@@ -222,13 +222,13 @@ def _room(
     return shape
 
 
-def keep_mask(keep: Tensor, rows: int, like: Tensor) -> Tensor:
-    keep = strided("keep", keep, f"a bool tensor [{rows}]")
+def keep_mask(keep: Tensor, rows: int, like: Tensor, name: str = "keep") -> Tensor:
+    keep = strided(name, keep, f"a bool tensor [{rows}]")
     if keep.dtype is not torch.bool:
-        raise TypeError(f"`keep` is a {_kind(keep)}; wanted a bool tensor [{rows}]")
-    same_device("keep", keep, like)
+        raise TypeError(f"`{name}` is a {_kind(keep)}; wanted a bool tensor [{rows}]")
+    same_device(name, keep, like)
     if keep.shape != (rows,):
-        raise ValueError(f"`keep` has shape {list(keep.shape)}; wanted [{rows}], one per sample of `x`")
+        raise ValueError(f"`{name}` has shape {list(keep.shape)}; wanted [{rows}], one per sample of `x`")
     return keep.contiguous()
 
 

@@ -545,6 +545,10 @@ def _needs_vision(module: str) -> Any:
 # ---- any loader -----------------------------------------------------------------------------------------------------
 
 
+class NoBatch(ValueError):
+    """A loader was empty."""
+
+
 @overload
 def checked(
     loader: Iterable[Any],
@@ -599,7 +603,7 @@ def checked(
             _refuse_non_finite(images, where)
         yield images.to(device), None if numbers is None else numbers.to(device)
     if number < 0:
-        raise ValueError(
+        raise NoBatch(
             "the loader gave no batch"
             + (
                 ": it is an iterator, which can be run through only once; wanted a loader that starts again, such as a "

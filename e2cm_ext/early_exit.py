@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import calibration, cascade, files, passes, selection
+from . import calibration, cascade, combination, files, passes, processes, selection
 from . import profile as timing
 from ._native import build_info
 from .calibration import Curve, Method, OperatingPoint
+from .clusters import Centres, centres_of, sample, with_centres, without_centres
+from .combination import Combination
 from .compaction import Compaction
 from .compiled import Compiled
 from .cost import Costs
 from .decisions import Decisions
+from .export import Format, export
 from .guarantee import Of
+from .head import positive
 from .heads import Head, build, from_config
 from .passes import Loader
 from .profile import Profile, TimedPoint, check_batch_size
@@ -87,7 +91,11 @@ class EarlyExit(nn.Module):
     heads: nn.ModuleList
     rule: Rule
     costs: Costs  # FLOPs per sample of stages and heads; .fractions: what leaving at each exit costs
-    num_classes: int
+    num_classes: int  # or clusters
+    labelled: bool = True  # False, after fit(labels=None): whatever wants labels takes the network's own answers
+    # What exits answer where earlier ones are not forgotten; see e2cm_ext.combination. Exits that are off take no part,
+    # so a record, in which all are on, tells what happens as long as all thresholds are finite: `calibrate` sees to it.
+    combination: Combination | None = None
     selection: Selection | None = None  # what `select` found, in the network that it made; not saved
     compaction: Compaction  # when inference moves survivors together: by FLOPs, or by the last profile; not saved
     _compiled: Compiled | None = None  # what `compile` made of the stages; not saved, not copied
@@ -137,18 +145,68 @@ class EarlyExit(nn.Module):
 
     # ---- learning ---------------------------------------------------------------------------------------------------
 
-    def fit(self, loader: Iterable[Any], progress: bool = True) -> Self:
+    def fit(
+        self,
+        loader: Iterable[Any],
+        progress: bool = True,
+        *,
+        labels: Literal["loader"] | None = "loader",
+        clusters: int | None = None,
+    ) -> Self:
         """Learns from scratch what the classes look like at every exit, from (images, labels); returns self.
 
         Forward passes only, as many as the heads need (whitened means: one, class means: two), and nothing is held but
         their statistics and one batch. All thresholds go back to +inf, since old ones mean nothing to new heads:
         calibrate, or set them. After an error, or Ctrl-C, all is as it was before.
+
+        labels=None: there are none, or nobody looks at them, and the network's own answers take their place; here, and
+        from then on in `record`, `curve`, `calibrate`, `select` and `evaluate`, whose accuracy then means agreement
+        with the whole network. Loaders may yield images alone.
+
+        clusters=10: the network's own answer becomes one of so many clusters: k-means of what it answers with, which is
+        its logits, or features if its classifier was taken off (model.fc = nn.Identity(), and model.eval()).
+        Log-probabilities are those of clusters then, and a cluster has the same number at every exit, since exits learn
+        from the same clusters. That takes a further pass; at most 20,000 rows of what the network answers with are held
+        for it.
         """
         self._refuse_train_mode("fit")
-        fitted, self._seen = passes.fit(self._heads(), self._walk, self._loader(loader, progress))
+        if labels not in ("loader", None):
+            raise ValueError(f"`labels` is {labels!r}; wanted 'loader', for those that it yields, or None")
+        if labels is not None and clusters is not None:
+            raise TypeError("`clusters` are found where there are no labels: give labels=None with it")
+        if clusters is not None:
+            positive("clusters", clusters)
+        stages, heads = self._answering(loader, clusters, progress)
+        own = None if labels is not None else lambda images: stages(images).argmax(1)
+        ready = self._loader(loader, progress, own)._replace(num_classes=heads[0].num_classes)
+        fitted, self._seen = passes.fit(heads, self._walk, ready)
+        if stages is not self.stages:
+            self._compiled = None  # of a network that answers otherwise: `compile` again
+        self.stages, self.labelled, self.num_classes = stages, labels is not None, heads[0].num_classes
+        self.costs = replace(self.costs, heads=tuple(head.flops() for head in fitted))
         self.thresholds = math.inf
         self.heads = nn.ModuleList(fitted).eval()
         return self
+
+    @torch.no_grad()
+    def _answering(self, loader: Iterable[Any], clusters: int | None, progress: bool) -> tuple[Stages, list[Head]]:
+        """The network answering with so many clusters of the loader's images, or as it came; and heads for that."""
+        stages, before = without_centres(self.stages)
+        heads = self._heads()
+        if clusters is not None:
+            ready = self._loader(loader, progress)
+            passes.refuse_used_up(ready, 2)
+            with processes.in_step("fit"):
+                mine = sample(stages(images) for images in ready.images("clusters") if len(images))
+            rows = processes.everyones(mine)
+            centres = processes.of_the_first(lambda: centres_of(torch.cat(rows), clusters))
+            device, _ = passes.place_of(stages)
+            stages = with_centres(stages, centres.to(device))
+        if clusters is not None or before is not None:
+            example = torch.zeros(1, *self._image_shape, dtype=self._image_dtype)
+            _, count = _shapes(stages, passes.placed(example, stages))
+            heads = [from_config(head.config() | {"num_classes": count}).to(self.thresholds.device) for head in heads]
+        return stages, heads
 
     def record(self, loader: Iterable[Any], progress: bool = True) -> Record:
         """What every exit, and the network itself, would say about every sample: no threshold matters here.
@@ -157,9 +215,11 @@ class EarlyExit(nn.Module):
         """
         self._refuse_train_mode("record")
         self._refuse_unfitted([-math.inf] * len(self.heads))
-        return passes.record(
-            self._heads(), self.rule, self._walk, self._loader(loader, progress), lambda: self.costs, self._seen
+        ready = self._loader(loader, progress, None if self.labelled else passes.no_labels)
+        found = passes.record(
+            self._heads(), self.rule, self._walk, ready, lambda: self.costs, self._seen, self.combination
         )
+        return found if self.labelled else replace(found, label=found.prediction[:, -1].long())
 
     def curve(
         self,
@@ -227,7 +287,10 @@ class EarlyExit(nn.Module):
             lambda images: self.profile(images, batch_size, progress=progress),
             progress,
         )
-        self.thresholds = point.thresholds
+        if self.combination is None:
+            self.thresholds = point.thresholds
+        else:  # exits that never fire stay on
+            self.thresholds = point.thresholds.clamp(max=torch.finfo(torch.float32).max)
         return point
 
     def profile(self, images: Tensor, batch_size: int = 128, *, repeats: int = 10, progress: bool = True) -> Profile:
@@ -266,13 +329,16 @@ class EarlyExit(nn.Module):
 
     def evaluate(self, loader: Iterable[Any], progress: bool = True) -> Evaluation:
         """Runs the network with its exits: accuracy, mean FLOPs per sample, and how many samples left where."""
-        leavers = torch.zeros(len(self.stages), dtype=torch.int64)
-        correct = 0
-        for images, labels in self._loader(loader, progress).run("evaluate"):
-            decisions = self.predict(images)
-            correct += int((decisions.prediction == labels).sum())
-            leavers += decisions.exit.bincount(minlength=len(leavers)).cpu()
-        count = int(leavers.sum())
+        # The last number: of right answers.
+        tally = torch.zeros(len(self.stages) + 1, dtype=torch.int64, device=self.thresholds.device)
+        own = None if self.labelled else lambda images: self.stages(images).argmax(1)
+        with processes.in_step("evaluate"):
+            for images, labels in self._loader(loader, progress, own).run("evaluate"):
+                decisions = self.predict(images)
+                tally[-1] += (decisions.prediction == labels).sum()
+                tally[:-1] += decisions.exit.bincount(minlength=len(self.stages))
+        *exits, correct = processes.total(tally).tolist()
+        leavers, count = torch.tensor(exits, device="cpu"), sum(exits)
         if not count:
             raise ValueError("the loader gave no sample: all its batches are empty")
         fractions = _with_heads_on(self.costs, self.thresholds.tolist()).fractions
@@ -314,8 +380,11 @@ class EarlyExit(nn.Module):
         nn.Module.__init__(chosen)
         heads = [copy.deepcopy(self._heads()[j]) for j in numbers]
         costs = self.costs.at_exits(numbers)
-        stages = at_exits(self.stages, numbers)
+        plain, centres = without_centres(self.stages)
+        stages = with_centres(at_exits(plain, numbers), centres)
         chosen._assemble(stages, heads, self.rule, costs, self._image_shape, self._image_dtype)
+        chosen.combination = self.combination and self.combination.at_exits(numbers)
+        chosen.labelled = self.labelled
         return chosen
 
     # ---- compiled ---------------------------------------------------------------------------------------------------
@@ -374,6 +443,7 @@ class EarlyExit(nn.Module):
             images,
             self.num_classes,
             compaction=self.compaction,
+            combination=self.combination,
         )
 
     @overload
@@ -431,6 +501,11 @@ class EarlyExit(nn.Module):
             raise ValueError(f"`order` is {order!r}; wanted True, for the order of the input, or 'completed'")
         if batch_size is not None:
             check_batch_size(batch_size)
+        if self.combination is not None:
+            raise ValueError(
+                f"the exits of this network answer together ({self.combination.name}), which streams cannot do: use "
+                "predict"
+            )
         self._refuse_train_mode("predict_stream")
         limits: list[float] = self.thresholds.tolist()
         self._refuse_unfitted(limits)
@@ -536,11 +611,16 @@ class EarlyExit(nn.Module):
                     raise TypeError(f"{name!r} of {type(head).__name__} is a {type(value).__name__}; wanted a tensor")
                 tensors[f"heads.{j}.{name}"] = value
         _, dtype = passes.place_of(self.stages)
+        _, centres = without_centres(self.stages)
+        if centres is not None:
+            tensors |= {"centres.means": centres.means, "centres.spread": centres.spread}
         info = {
             "package": build_info()["version"],
             "exits": self.exit_names,
             "heads": [head.config() for head in self._heads()],
             "rule": self.rule.name,
+            "combination": self.combination and self.combination.config(),
+            "labelled": self.labelled,
             "costs": {"stages": self.costs.stages, "heads": self.costs.heads},
             "image_shape": self._image_shape,
             "image_dtype": str(dtype if self._image_dtype.is_floating_point else self._image_dtype),
@@ -566,6 +646,10 @@ class EarlyExit(nn.Module):
         stages = _cut_again(
             path, model, torch.zeros(1, *info["image_shape"], dtype=dtype, device=device), info["exits"]
         )
+        if "centres.means" in tensors:
+            plain, _ = without_centres(stages)
+            centres = Centres(tensors["centres.means"], tensors["centres.spread"]).to(device)
+            stages = with_centres(plain, centres)
         if fingerprint(stages) != info["network"]:
             raise ValueError(
                 f"{path} belongs to another network: the modules of this `model` have the same names, but not the "
@@ -581,7 +665,22 @@ class EarlyExit(nn.Module):
         nn.Module.__init__(loaded)
         loaded._assemble(stages, heads, decide, costs, tuple(info["image_shape"]), dtype)
         loaded.thresholds = tensors["thresholds"]
+        if info.get("combination") is not None:
+            loaded.combination = combination.from_config(info["combination"])
+        loaded.labelled = info.get("labelled", True)
         return loaded
+
+    def export(self, path: str | os.PathLike[str], format: Format = "onnx", *, progress: bool = True) -> dict[str, Any]:
+        """The network with its exits as they are set now, in one file for another runtime; returns its manifest.
+
+        format="onnx": for ONNX Runtime; `e2cm_ext.runner.OnnxCascade` runs it, a file that needs no torch.
+        format="torch": programs of torch.export, and "aoti": the same, compiled by AOTInductor for this machine (that
+        needs a C++ compiler and some time); `e2cm_ext.deploy.TorchCascade` runs both, without the network's own code.
+
+        There is a program per stage, for any batch size, with the head of the exit behind it; samples that leave are
+        not computed any further. Exits that are off are left out. Thresholds can be set anew in the runner.
+        """
+        return export(self, path, format, progress=progress)
 
     # ---- small parts ------------------------------------------------------------------------------------------------
 
@@ -593,8 +692,10 @@ class EarlyExit(nn.Module):
     def _heads(self) -> list[Head]:
         return list(self.heads)  # type: ignore[arg-type]
 
-    def _loader(self, batches: Iterable[Any], progress: bool) -> Loader:
-        return Loader(batches, self.stages, self.num_classes, self._image_shape, progress)
+    def _loader(
+        self, batches: Iterable[Any], progress: bool, answers: Callable[[Tensor], Tensor] | None = None
+    ) -> Loader:
+        return Loader(batches, self.stages, self.num_classes, self._image_shape, progress, answers)
 
     def _walk(self, images: Tensor, visit: passes.Visit, *, logits: bool) -> Tensor:
         x = images

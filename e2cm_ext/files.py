@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-__all__ = ["FORMAT", "bytes_of", "read", "write"]
+__all__ = ["FORMAT", "bytes_of", "read", "whole", "write"]
 
 FORMAT = 1  # of what stands in the file; a change that an old reader would misunderstand makes it 2
 _OPENING = b'{"__metadata__":{"e2cm_ext":"'
@@ -37,7 +37,14 @@ _DTYPES = {
 
 
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """A file of that kind with `tensors` and `info` (anything that JSON holds).
+    """A file of that kind with `tensors` and `info` (anything that JSON holds)."""
+    with whole(path) as file:
+        _write(file, kind, tensors, info)
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write into: complete at the end of the block, or not there at all.
 
     It is made under another name in the same folder and takes its name when it is complete: if the disk is full or
     Ctrl-C comes, what was there before is still there, and nothing else.
@@ -47,7 +54,7 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "xb") as file:
-            _write(file, kind, tensors, info)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -111,8 +118,8 @@ def _order(tensor: Tensor) -> list[int]:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write` was given; tensors on the CPU, in the memory order they had.
+def read(path: str | os.PathLike[str], kind: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write` was given; tensors on the CPU, in the memory order they had. kind: None takes any.
 
     A ValueError says what is wrong with a file: not ours, of another kind or format, truncated, altered.
     """
@@ -121,7 +128,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         header, about, rest = _opened(file, path)
     if about["sha256"] != rest:
         raise ValueError(f"{path} is damaged: its contents do not match its checksum; copy or save it again")
-    if about["kind"] != kind:
+    if kind is not None and about["kind"] != kind:
         raise ValueError(f"{path} is a file of the kind {about['kind']!r}; wanted {kind!r}")
     try:
         tensors = safetensors.torch.load_file(path)

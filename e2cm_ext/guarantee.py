@@ -206,7 +206,7 @@ def samples_needed(lost: float, gained: float, epsilon: float, delta: float, of:
         counts = math.ceil(lost * samples), math.floor(gained * samples)
         return p_value(*counts, samples, epsilon, delta, of) <= delta
 
-    if lost - gained >= epsilon:
+    if lost - gained >= epsilon or (of == "accuracy" and lost + gained > (1 + epsilon**2) / 2):
         return None
     high = 1
     while not enough(high):

@@ -12,17 +12,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import checks, cost, ops
 from .decisions import Decisions
-from .rules import Confidence, Entropy, Rule
+from .processes import total
+from .rules import Confidence, Entropy, Gate, Rule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["KINDS", "Head", "in_own_dtype", "positive", "refuse_non_finite", "total"]
+__all__ = ["KINDS", "Head", "in_own_dtype", "leave", "positive", "refuse_non_finite", "total"]
 
 KINDS: dict[str, type[Head]] = {}  # all heads there are, by name
 
@@ -150,11 +150,20 @@ class Head(nn.Module):
         """Log-probabilities [B, K] float32. A row of NaN is a sample that must not leave here."""
         raise NotImplementedError(f"{type(self).__name__} needs a forward()")
 
+    def gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """For the rule "gate": log-probabilities [B, K] as of forward(), and how sure the head is of each row, [B]
+        float32. NaN: this sample must not leave here."""
+        log_probs = self(x)
+        return log_probs, Gate().certainty(log_probs)
+
     def judge(self, x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         """What `step` goes by: the rule's certainty [B] float32 of every sample, and the predictions [B] int64.
 
         With the rule "confidence" these are the same bits as in `step`; entropies may differ in the last place.
         """
+        if isinstance(rule, Gate):
+            log_probs, certainty = self.gate(x)
+            return certainty, log_probs.argmax(1)
         log_probs = self(x)
         if not isinstance(rule, Confidence):
             return rule.certainty(log_probs), log_probs.argmax(1)
@@ -168,6 +177,8 @@ class Head(nn.Module):
         self, x: Tensor, threshold: float | Tensor, ids: Tensor, out: Decisions, *, rule: Rule, exit: int
     ) -> tuple[Tensor, Tensor]:
         """Writes the answers of the samples that leave into `out`; returns the survivors and their ids."""
+        if isinstance(rule, Gate):
+            return leave(x, *self.gate(x), threshold, ids, out, exit)
         return _leave(x, self(x), threshold, ids, out, rule, exit)
 
     def decide(
@@ -207,19 +218,19 @@ class Head(nn.Module):
 # ---- small parts -----------------------------------------------------------------------------------------------------
 
 
-def total(tensor: Tensor) -> Tensor:
-    """The tensor, summed over all processes, in place; as it is where torch.distributed is not initialised."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def _leave(
     x: Tensor, log_probs: Tensor, threshold: float | Tensor, ids: Tensor, out: Decisions, rule: Rule, exit: int
 ) -> tuple[Tensor, Tensor]:
     if isinstance(rule, Confidence | Entropy):
         return ops.decide(x, log_probs, rule.limit(threshold), ids, out, rule=rule.name, exit=exit)
-    leaving = (rule.certainty(log_probs) > threshold) & log_probs.isfinite().any(1)
+    return leave(x, log_probs, rule.certainty(log_probs), threshold, ids, out, exit)
+
+
+def leave(
+    x: Tensor, log_probs: Tensor, certainty: Tensor, threshold: float | Tensor, ids: Tensor, out: Decisions, exit: int
+) -> tuple[Tensor, Tensor]:
+    """What Head.step does, once it is known what each sample is told and how sure that is."""
+    leaving = (certainty > threshold) & log_probs.isfinite().any(1)
     leavers, index = ops.compact(log_probs, leaving)
     ops.decide(leavers, leavers, -math.inf, ids[index], out, exit=exit)
     survivors, index = ops.compact(x, ~leaving)

@@ -1,6 +1,7 @@
 """The kernels: tensors in, tensors out.
 
-On the CPU a call goes straight to the compiled module; on other devices the same functions of `reference` run. Inside
+On the CPU and on NVIDIA GPUs (gpu.py) a call goes straight to the compiled module; elsewhere, and in a build without
+CUDA, the same functions of `reference` run. Inside
 torch.compile, torch.export and fake tensors a call becomes an operator of the library `e2cm_ext`. Features may be
 float32, bfloat16 or float16, [B, ...] in NCHW or channels_last order; they are not copied. All arithmetic is float32 or
 wider, and a sample's answer is the same bits whatever the number of threads and whatever batch it sits in.
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native, checks, reference
+from . import _native, checks, gpu, reference
 from .decisions import Decisions
 from .statistics import Statistics
 
@@ -31,6 +32,7 @@ __all__ = [
     "exit_step",
     "linear_scores",
     "linear_step",
+    "settle",
     "statistics",
 ]
 
@@ -197,6 +199,28 @@ def decide(
     return _decide(x, scores, threshold, ids, out, scale, rule, exit)
 
 
+def settle(
+    scores: Tensor,
+    threshold: float,
+    waiting: Tensor,
+    ids: Tensor,
+    out: Decisions,
+    *,
+    scale: Tensor | None = None,
+    rule: str = "confidence",
+    exit: int = 0,
+) -> None:
+    """decide without moving anybody: `waiting` [B] says who has no answer yet, and is set to false for those who leave.
+
+    Rows that do not wait are passed over. Nobody needs to know how many are left: on a GPU the host does not wait, and
+    a CUDA graph can hold the call. Ids that are no row of `out` are trusted not to occur.
+    """
+    if _traced(scores, waiting, ids, scale, out=out):
+        _settle_op(scores, threshold, waiting, ids, *out, scale, rule, exit)
+    else:
+        _settle(scores, threshold, waiting, ids, out, scale, rule, exit)
+
+
 def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """The samples of x (any dtype) where keep [B] is true, in their old order and memory format, and their numbers."""
     if _traced(x, keep):
@@ -222,6 +246,8 @@ def _traced(*tensors: Tensor | None, out: Decisions | tuple[()] = ()) -> bool:
 def _statistics(x: Tensor, wanted: Statistics) -> Tensor:
     look = checks.looks("wanted", x, wanted)
     f = look.features
+    if gpu.takes(x):
+        return gpu.statistics(look)
     if not x.is_cpu:
         return reference.statistics(x, wanted)
     out = _floats(f.rows, look.dim)
@@ -234,6 +260,8 @@ def _class_distances(x: Tensor, means: Tensor, center: Tensor | None) -> Tensor:
     f = look.features
     m, m_dtype, classes = checks.class_vectors("means", look, means)
     center = checks.center(look, center)
+    if gpu.takes(x):
+        return gpu.class_distances(look, gpu.Vectors(m, classes, True, center=center))
     if not x.is_cpu:
         return reference.class_distances(x, _like(look, means), center).float()
     out = _floats(f.rows, classes)
@@ -249,6 +277,8 @@ def _class_scores(
     m, m_dtype, classes = checks.class_vectors("means", look, means)
     scale = checks.per_class("scale", scale, classes, x)
     center = checks.center(look, center)
+    if gpu.takes(x):
+        return gpu.scores(look, gpu.Vectors(m, classes, True, scale, center))
     if not x.is_cpu:
         return reference.class_scores(x, _like(look, means), scale, center, statistics)
     confidence, prediction, log_probs = _floats(f.rows), _integers(f.rows), _floats(f.rows, classes)
@@ -266,6 +296,8 @@ def _linear_scores(
     f = look.features
     w, w_dtype, classes = checks.class_vectors("weight", look, weight)
     bias = checks.per_class("bias", bias, classes, x)
+    if gpu.takes(x):
+        return gpu.scores(look, gpu.Vectors(w, classes, False, bias))
     if not x.is_cpu:
         return reference.linear_scores(x, _like(look, weight), bias, statistics)
     confidence, prediction, log_probs = _floats(f.rows), _integers(f.rows), _floats(f.rows, classes)
@@ -296,6 +328,8 @@ def _exit_step(
     center = checks.center(look, center)
     ids = checks.sample_ids(ids, f.rows, x)
     out_rows = checks.decisions(out, classes, x)
+    if gpu.takes(x):
+        return gpu.step(x, look, gpu.Vectors(m, classes, True, scale, center), code, limit, exit, ids, out)
     if not x.is_cpu:
         means = _like(look, means)
         return reference.exit_step(x, means, scale, limit, ids, out, center, statistics, rule=rule, exit=exit)
@@ -327,6 +361,8 @@ def _linear_step(
     bias = checks.per_class("bias", bias, classes, x)
     ids = checks.sample_ids(ids, f.rows, x)
     out_rows = checks.decisions(out, classes, x)
+    if gpu.takes(x):
+        return gpu.step(x, look, gpu.Vectors(w, classes, False, bias), code, limit, exit, ids, out)
     if not x.is_cpu:
         weight = _like(look, weight)
         return reference.linear_step(x, weight, bias, limit, ids, out, statistics, rule=rule, exit=exit)
@@ -360,6 +396,8 @@ def _decide(
     limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
     ids = checks.sample_ids(ids, f.rows, x)
     out_rows = checks.decisions(out, s.dim, x)
+    if gpu.takes(x):
+        return gpu.decide(x, f, s, scale, code, limit, exit, ids, out)
     if not x.is_cpu:
         return reference.decide(x, scores, limit, ids, out, scale=scale, rule=rule, exit=exit)
     keep = _integers(f.rows)
@@ -372,9 +410,37 @@ def _decide(
     return _survivors(x, f, ids, keep, count)
 
 
+def _settle(
+    scores: Tensor,
+    threshold: float,
+    waiting: Tensor,
+    ids: Tensor,
+    out: Decisions,
+    scale: Tensor | None,
+    rule: str,
+    exit: int,
+) -> None:
+    s = checks.features("scores", scores)
+    if scores.dim() != 2 or s.dim < 1:
+        raise ValueError(f"`scores` has shape {list(scores.shape)}; wanted [batch, classes]")
+    if checks.keep_mask(waiting, s.rows, scores, "waiting") is not waiting:
+        raise ValueError("`waiting` is not contiguous; it is written in place")
+    if scale is not None:
+        scale = checks.per_class("scale", scale, s.dim, scores)
+    limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
+    ids = checks.sample_ids(ids, s.rows, scores)
+    checks.decisions(out, s.dim, scores)
+    if gpu.takes(scores):
+        gpu.settle(s, scale, code, limit, exit, waiting, ids, out)
+    else:
+        reference.settle(scores, limit, waiting, ids, out, scale=scale, rule=rule, exit=exit)
+
+
 def _compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     f = checks.batch("x", x)
     keep = checks.keep_mask(keep, f.rows, x)
+    if gpu.takes(x):
+        return gpu.compact(f, keep)
     if not x.is_cpu:
         return reference.compact(x, keep)
     index = _integers(f.rows)
@@ -584,6 +650,29 @@ def _decide_op(
     out = Decisions(prediction, confidence, exited, log_probs)
     survivors, kept = _decide(x, scores, threshold, ids, out, scale, rule, exit)
     return _not_aliased(x, ids, survivors, kept)
+
+
+@torch.library.custom_op("e2cm_ext::settle", mutates_args=("waiting", *_OUT))
+def _settle_op(
+    scores: Tensor,
+    threshold: float,
+    waiting: Tensor,
+    ids: Tensor,
+    prediction: Tensor,
+    confidence: Tensor,
+    exited: Tensor,
+    log_probs: Tensor | None,
+    scale: Tensor | None,
+    rule: str,
+    exit: int,
+) -> None:
+    out = Decisions(prediction, confidence, exited, log_probs)
+    _settle(scores, threshold, waiting, ids, out, scale, rule, exit)
+
+
+@_settle_op.register_fake
+def _(*_: object) -> None:
+    return None
 
 
 @torch.library.custom_op("e2cm_ext::compact", mutates_args=())

@@ -2,6 +2,9 @@
 
 What a network is does not matter here: a walk runs it on a batch and shows the features at exit 0, 1, ... to `visit`,
 before the network goes on (it may overwrite them). It returns the logits, unless nobody asks for them.
+
+Under torch.distributed every process has a loader of its own part of the data, which may be empty, and gets the result
+for all parts.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import data
+from . import data, processes
+from .combination import Combination, combined
 from .cost import Costs
 from .heads import Head
 from .record import Record
@@ -40,16 +44,31 @@ class Loader(NamedTuple):
     num_classes: int
     image_shape: tuple[int, ...] | None = None
     progress: bool = True
+    answers: Callable[[Tensor], Tensor] | None = None  # to images: they take the place of labels, which may be missing
 
     def run(self, what: str, finite: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over it, with a progress bar that says `what`. `finite`: images with a NaN are refused."""
         device, _ = place_of(self.network)
         batches = data.checked(
-            self.batches, num_classes=self.num_classes, image_shape=self.image_shape, device=device, finite=finite
+            self.batches,
+            num_classes=self.num_classes,
+            image_shape=self.image_shape,
+            device=device,
+            labels=self.answers is None,
+            finite=finite,
         )
         with self._bar(batches, what) as bar:
-            for images, labels in bar:
-                yield placed(images, self.network), labels
+            try:
+                for images, labels in bar:
+                    x = placed(images, self.network)
+                    if self.answers is not None:
+                        with torch.no_grad():
+                            labels = self.answers(x.clone())  # a network may overwrite what it is given
+                    assert labels is not None
+                    yield x, labels
+            except data.NoBatch:
+                if processes.count() == 1:  # or others may have some
+                    raise
 
     def images(self, what: str) -> Iterator[Tensor]:
         """One pass over the images alone, those of batches without a sample, too: there may be labels, or not."""
@@ -58,8 +77,12 @@ class Loader(NamedTuple):
             self.batches, image_shape=self.image_shape, device=device, labels=False, finite=False, empty=True
         )
         with self._bar(batches, what) as bar:
-            for images, _ in bar:
-                yield images.to(dtype) if images.is_floating_point() else images
+            try:
+                for images, _ in bar:
+                    yield images.to(dtype) if images.is_floating_point() else images
+            except data.NoBatch:
+                if processes.count() == 1:  # as above
+                    raise
 
     def _bar(self, batches: Iterator[Any], what: str) -> tqdm[Any]:
         try:
@@ -84,6 +107,11 @@ def placed(images: Tensor, network: nn.Module) -> Tensor:
     return images.to(device, dtype if images.is_floating_point() else images.dtype)
 
 
+def no_labels(images: Tensor) -> Tensor:
+    """In the place of those that nobody looks at."""
+    return torch.zeros(len(images), dtype=torch.int64, device=images.device)
+
+
 def refuse_train_mode(network: nn.Module, what: str) -> None:
     for name, module in network.named_modules():
         if module.training:
@@ -101,16 +129,13 @@ def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> tuple[list[Head], 
     Fitted ones are copied first; so if anything goes wrong on the way, or Ctrl-C comes, `heads` know what they knew.
     """
     passes = max(head.passes for head in heads)
-    if passes > 1 and isinstance(loader.batches, Iterator):
-        raise TypeError(
-            f"`loader` is a {type(loader.batches).__name__}, which can be run through only once; fit needs {passes} "
-            "passes: give a DataLoader or a list, or heads that need one pass"
-        )
+    refuse_used_up(loader, passes)
     fresh = [copy.deepcopy(head) if head.fitted else head for head in heads]
     seen = Seen()
     try:
         for turn in range(passes):
             _one_pass(fresh, walk, loader, turn, passes, seen)
+        seen = Seen.merge(processes.everyones(seen))
     except BaseException:
         for head in fresh:
             head.reset()
@@ -120,16 +145,26 @@ def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> tuple[list[Head], 
     return fresh, seen
 
 
+def refuse_used_up(loader: Loader, passes: int) -> None:
+    if passes > 1 and isinstance(loader.batches, Iterator):
+        raise TypeError(
+            f"`loader` is a {type(loader.batches).__name__}, which can be run through only once; fit needs {passes} "
+            "passes: give a DataLoader or a list, or heads that need one pass"
+        )
+
+
 def _one_pass(heads: Sequence[Head], walk: Walk, loader: Loader, turn: int, passes: int, seen: Seen) -> None:
-    for images, labels in loader.run(f"fit, pass {turn + 1} of {passes}", finite=True):
-        if turn == 0:
-            seen.add(images)
+    what = f"fit, pass {turn + 1} of {passes}"
+    with processes.in_step(what):
+        for images, labels in loader.run(what, finite=True):
+            if turn == 0:
+                seen.add(images)
 
-        def show(j: int, x: Tensor, labels: Tensor = labels) -> None:
-            if turn < heads[j].passes:
-                heads[j].update(x, labels, turn)
+            def show(j: int, x: Tensor, labels: Tensor = labels) -> None:
+                if turn < heads[j].passes:
+                    heads[j].update(x, labels, turn)
 
-        walk(images, show, logits=False)
+            walk(images, show, logits=False)
     for head in heads:
         if turn < head.passes:
             head.finish(turn)
@@ -150,33 +185,73 @@ def _warn_of_empty_classes(head: Head) -> None:
 
 @torch.no_grad()
 def record(
-    heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader, costs: Callable[[], Costs], seen: Seen | None
+    heads: Sequence[Head],
+    rule: Rule,
+    walk: Walk,
+    loader: Loader,
+    costs: Callable[[], Costs],
+    seen: Seen | None,
+    combination: Combination | None = None,
 ) -> Record:
-    """What every head, and the network itself, says about every sample. `costs` is asked at the end.
+    """What every head, and the network itself, says about every sample. `costs` is asked at the end. Of many processes:
+    about the samples of all of them, in the order of their ranks.
 
     seen: by the heads when they were fitted, if that is known.
     """
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    numbers: list[Tensor] = []
-    for images, labels in loader.run("record"):
-        count, exits = len(labels), len(heads)
-        numbers.append(numbers_of(images))
-        certainty = torch.empty(count, exits + 1, dtype=torch.float32, device=labels.device)
-        prediction = torch.empty(count, exits + 1, dtype=torch.int32, device=labels.device)
-
-        def show(j: int, x: Tensor, certainty: Tensor = certainty, prediction: Tensor = prediction) -> None:
-            certainty[:, j], prediction[:, j] = heads[j].judge(x, rule)
-
-        logits = walk(images, show, logits=True)
-        certainty[:, -1] = rule.certainty(logits.log_softmax(1).float())
-        prediction[:, -1] = logits.argmax(1)
-        rows.append((certainty.cpu(), prediction.cpu(), labels.cpu()))
-    if not rows:
+    with processes.in_step("record"):
+        mine, numbers = _rows(heads, rule, walk, loader, combination)
+        spent = costs() if len(numbers) else None
+    parts = processes.everyones((*mine, numbers))
+    confidence, predictions, label, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
+    if not len(label):
         raise ValueError("the loader gave no sample: all its batches are empty")
     if seen is not None:
-        _warn_of_seen(seen.share(torch.cat(numbers)))
+        _warn_of_seen(seen.share(numbers))
+    known = next(found for found in processes.everyones(spent) if found is not None)
+    return Record(confidence, predictions, label, known, rule.name)
+
+
+def _rows(
+    heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader, combination: Combination | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Certainties, predictions and labels of this process's part, and the numbers of its images."""
+    exits = len(heads)
+    none = torch.empty(0, dtype=torch.int64, device="cpu")
+    rows = [(none.new_empty(0, exits + 1).float(), none.new_empty(0, exits + 1).int(), none)]
+    numbers = [none]
+    for images, labels in loader.run("record"):
+        numbers.append(numbers_of(images))
+        certainty, prediction = _said(heads, rule, walk, images, combination)
+        rows.append((certainty.cpu(), prediction.cpu(), labels.cpu()))
     confidence, predictions, label = (torch.cat(column) for column in zip(*rows, strict=True))
-    return Record(confidence, predictions, label, costs(), rule.name)
+    return (confidence, predictions, label), torch.cat(numbers)
+
+
+def _said(
+    heads: Sequence[Head], rule: Rule, walk: Walk, images: Tensor, combination: Combination | None
+) -> tuple[Tensor, Tensor]:
+    """Certainties [B, M+1] float32 and predictions [B, M+1] int32 of every exit, and of the network itself."""
+    shape = (len(images), len(heads) + 1)
+    certainty = torch.empty(shape, dtype=torch.float32, device=images.device)
+    prediction = torch.empty(shape, dtype=torch.int32, device=images.device)
+    memory: Tensor | None = None
+
+    def show(j: int, x: Tensor) -> None:
+        nonlocal memory
+        if combination is None:
+            certainty[:, j], prediction[:, j] = heads[j].judge(x, rule)
+        else:
+            answer, certainty[:, j], memory = combined(combination, heads[j], rule, x, memory, j)
+            prediction[:, j] = answer.argmax(1)
+
+    logits = walk(images, show, logits=True)
+    log_probs = logits.log_softmax(1).float()
+    if combination is not None:
+        logits, _ = combination(log_probs, memory, len(heads), True)
+        log_probs = logits
+    certainty[:, -1] = rule.certainty(log_probs)
+    prediction[:, -1] = logits.argmax(1)
+    return certainty, prediction
 
 
 def _warn_of_seen(share: float) -> None:

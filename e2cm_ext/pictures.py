@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from .calibration import Curve
     from .record import Record
 
-__all__ = ["Times", "draw_curve", "of_record"]
+__all__ = [
+    "Times",
+    "draw_accuracy",
+    "draw_certainty",
+    "draw_curve",
+    "draw_exits",
+    "draw_reliability",
+    "of_record",
+]
 
 Times = Tensor | Sequence[float] | Callable[[Tensor], Tensor | Sequence[float]]
 
@@ -83,14 +91,14 @@ def of_record(record: Record, thresholds: Tensor | Sequence[float]) -> Figure:
     limits = torch.as_tensor(thresholds, dtype=torch.float32).detach().cpu()
     figure = Figure(figsize=(12, 9), layout="constrained")
     (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
-    _draw_accuracy(top_left, record)
-    _draw_exits(top_right, record, limits)
-    _draw_reliability(bottom_left, record, limits)
-    _draw_certainty(bottom_right, record, limits)
+    draw_accuracy(top_left, record)
+    draw_exits(top_right, record, limits)
+    draw_reliability(bottom_left, record, limits)
+    draw_certainty(bottom_right, record, limits)
     return figure
 
 
-def _draw_accuracy(ax: Axes, record: Record) -> None:
+def draw_accuracy(ax: Axes, record: Record) -> None:
     """Over what it would cost to leave there if that were the only exit."""
     costs = record.costs
     before = torch.tensor(costs.stages[:-1], dtype=torch.float64).cumsum(0)
@@ -104,7 +112,7 @@ def _draw_accuracy(ax: Axes, record: Record) -> None:
     ax.legend()
 
 
-def _draw_exits(ax: Axes, record: Record, limits: Tensor) -> None:
+def draw_exits(ax: Axes, record: Record, limits: Tensor, class_names: Sequence[str] | None = None) -> None:
     replay = record.replay(limits)
     places = range(record.exits + 1)
     classes = int(record.label.max()) + 1
@@ -114,14 +122,20 @@ def _draw_exits(ax: Axes, record: Record, limits: Tensor) -> None:
         below = torch.zeros(len(places), dtype=torch.int64)
         for k in range(classes):
             counts = replay.exit[record.label == k].bincount(minlength=len(places))
-            ax.bar(places, counts.tolist(), bottom=below.tolist(), label=str(k), color=f"C{k}")
+            ax.bar(
+                places,
+                counts.tolist(),
+                bottom=below.tolist(),
+                label=class_names[k] if class_names else str(k),
+                color=f"C{k}",
+            )
             below += counts
         ax.legend(title="class", fontsize="small")
     ax.set(title=f"who leaves where: accuracy {replay.accuracy:.4f} at FLOPs {replay.flops:.4f}", ylabel="samples")
     _name_exits(ax, [*record.names, "(end)"], "exit; the last is the network itself")
 
 
-def _draw_reliability(ax: Axes, record: Record, limits: Tensor) -> None:
+def draw_reliability(ax: Axes, record: Record, limits: Tensor) -> None:
     ax.set(title="reliability", xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     try:
         found = record.reliability(limits)
@@ -140,7 +154,7 @@ def _draw_reliability(ax: Axes, record: Record, limits: Tensor) -> None:
     ax.set_title(f"reliability and number of answers: expected calibration error {found.ece:.4f}")
 
 
-def _draw_certainty(ax: Axes, record: Record, limits: Tensor) -> None:
+def draw_certainty(ax: Axes, record: Record, limits: Tensor) -> None:
     """Without the network itself: it knows no threshold, and is often so much surer that nothing else could be seen."""
     for correct, color, shift, label in ((True, _BLUE, -0.2, "right"), (False, _RED, 0.2, "wrong")):
         places, levels = [], []

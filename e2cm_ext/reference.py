@@ -160,6 +160,29 @@ def decide(
     return _depart(x, log_probs, threshold, ids, out, rule, exit)
 
 
+def settle(
+    scores: Tensor,
+    threshold: float,
+    waiting: Tensor,
+    ids: Tensor,
+    out: Decisions,
+    *,
+    scale: Tensor | None = None,
+    rule: str = "confidence",
+    exit: int = 0,
+) -> None:
+    """decide among those who are `waiting`, who then no longer are; without a question to the device."""
+    log_probs = log_softmax(scores) if scale is None else log_probabilities(_at_least_float32(scores), scale)
+    leaving = leaves(log_probs, threshold, rule) & waiting
+    confidence, prediction = best(log_probs)
+    number = torch.full_like(prediction, exit)
+    for column, values in zip(out, (prediction, confidence, number, log_probs), strict=True):
+        if column is not None:
+            chosen = leaving if values.dim() == 1 else leaving[:, None]
+            column[ids] = torch.where(chosen, values.to(column.dtype), column[ids])
+    waiting &= ~leaving
+
+
 def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of x where keep is true, in their old order, and their numbers."""
     index = keep.nonzero().flatten()

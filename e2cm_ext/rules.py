@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Confidence", "Entropy", "Rule", "rule"]
+__all__ = ["Confidence", "Entropy", "Gate", "Rule", "rule"]
 
 Threshold = TypeVar("Threshold", float, Tensor, float | Tensor)
 
@@ -67,11 +67,24 @@ class Entropy(Rule):
         return -threshold
 
 
-_BY_NAME: dict[str, Rule] = {known.name: known for known in (Confidence(), Entropy())}
+@dataclass(frozen=True)
+class Gate(Rule):
+    """What the head says of itself, see Head.gate: a gate that was learned, two heads that consult each other.
+
+    Of heads that have no gate, and of the network itself, the largest probability.
+    """
+
+    name = "gate"
+
+    def certainty(self, log_probs: Tensor) -> Tensor:
+        return Confidence().certainty(log_probs)
+
+
+_BY_NAME: dict[str, Rule] = {known.name: known for known in (Confidence(), Entropy(), Gate())}
 
 
 def rule(name_or_rule: str | Rule) -> Rule:
-    """The rule of that name: "confidence" or "entropy"; a Rule is handed back as it is."""
+    """The rule of that name: "confidence", "entropy" or "gate"; a Rule is handed back as it is."""
     if isinstance(name_or_rule, Rule):
         return name_or_rule
     if isinstance(name_or_rule, str) and name_or_rule in _BY_NAME:

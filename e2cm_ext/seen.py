@@ -29,6 +29,15 @@ class Seen:
         self._kept = numbers[:_KEPT]
         self._all = self._all and len(numbers) <= _KEPT
 
+    @classmethod
+    def merge(cls, parts: list[Seen]) -> Seen:
+        """The images of several loaders."""
+        seen = cls()
+        numbers = torch.cat([part._kept for part in parts]).sort().values
+        seen._kept = numbers[:_KEPT]
+        seen._all = all(part._all for part in parts) and len(numbers) <= _KEPT
+        return seen
+
     def share(self, numbers: Tensor) -> float:
         """Of the images with these numbers, how many are among the seen; NaN if that cannot be said."""
         known = numbers if self._all else numbers[numbers <= self._kept[-1]]

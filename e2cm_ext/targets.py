@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import calibration
+from . import calibration, processes
 from .calibration import Curve, Method, OperatingPoint
 from .guarantee import Of, check_risk, guaranteed
 from .profile import Profile, check_batch_size, fastest
@@ -77,15 +78,19 @@ class Target:
         else:
             found = record(remembering if timed else loader)
         refuse_foreign(found)
+        # All processes have the same record, but their times differ, and a last bit may.
+        return processes.of_the_first(lambda: self._of(found, lambda: measure(remembering.images), progress))
+
+    def _of(self, found: Curve | Record, measure: Callable[[], Profile], progress: bool) -> OperatingPoint:
         if isinstance(found, Curve):
             return self._on(found)
         if self.risk is not None:
             return guaranteed(found, *self.risk, of=self.of, method=self.method, progress=progress)
-        if not timed:
+        if self.latency is None and self.milliseconds is None:
             return self._on(calibration.curve(found, method=self.method, progress=progress))
         return fastest(
             found,
-            measure(remembering.images) if self.profile is None else self.profile,
+            measure() if self.profile is None else self.profile,
             latency=self.latency,
             milliseconds=self.milliseconds,
             batch_size=self.batch_size,
@@ -112,16 +117,16 @@ class Target:
 class _Remembering:
     """A loader that keeps the images of its first batch that has any."""
 
-    images: Tensor
-
     def __init__(self, loader: Any) -> None:
         self._loader = loader
+        self.images = torch.empty(0)  # of the processes that share a data set, one may have none
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._loader:
-            if not hasattr(self, "images") and isinstance(item, tuple | list) and len(item[0]):
-                self.images = item[0]
+            images = item[0] if isinstance(item, tuple | list) else item
+            if not len(self.images) and len(images):
+                self.images = images
             yield item

@@ -1,24 +1,37 @@
 """One hypothesis profile for everybody: the same examples in every run, no deadlines on shared machines.
 
-HYPOTHESIS_PROFILE=explore searches with new random examples, and many more of them.
+HYPOTHESIS_PROFILE=explore searches with new random examples, and many more of them; brief looks at a few.
 E2CM_CAREFUL=1 shuts the native way of csrc/usual_call.cpp, as if every call were unusual or torch older than 2.10.
+E2CM_EMULATED=1 sends every call through gpu.py to the CUDA kernels, in a module that was built with E2CM_CUDA=EMULATED:
+their blocks run on the CPU, see csrc/tests/emulation.h.
 """
 
+import contextlib
 import os
+import signal
 
 import pytest
 import torch
 from hypothesis import settings
 
-from e2cm_ext import ops
+from e2cm_ext import gpu, ops
 
 settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=60, print_blob=False)
+settings.register_profile("brief", derandomize=True, deadline=None, database=None, max_examples=8)
 settings.register_profile("explore", deadline=None, database=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
+# A shell that starts tests in the background lets them ignore Ctrl-C, and they would wait for it for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if os.environ.get("E2CM_CAREFUL"):
-    ops._usual_exit_step = ops._usual_decide = lambda *_: None
+if os.environ.get("E2CM_CAREFUL") or os.environ.get("E2CM_EMULATED"):
+    ops._usual_exit_step = ops._usual_decide = ops._usual_linear_step = lambda *_: None
+if os.environ.get("E2CM_EMULATED"):
+    assert hasattr(ops._native, "cuda_exit"), "the module was built without E2CM_CUDA=EMULATED"
+    gpu.takes = lambda x: x.is_cpu
+    gpu._on = lambda x: contextlib.nullcontext()
+    gpu._place = lambda x: (0, 0)
+    gpu._to_host = lambda numbers: (numbers, None)
 
 
 @pytest.fixture(autouse=True)

@@ -144,6 +144,7 @@ def test_how_many_samples_are_needed(of):
     assert p_value(0, 0, needed - needed // 50, 0.01, 0.05, of) > 0.05
     assert math.log(20) / 0.01 - 2 < needed < 1.5 * math.log(20) / 0.01
     assert samples_needed(0.01, 0.0, 0.01, 0.05, of) is None
+    assert samples_needed(0.1, 0.8, 0.5, 0.1, "accuracy") is None  # nothing can be shown where so much changes
     assert samples_needed(0.005, 0.0, 0.01, 0.05, of) > needed
 
 

@@ -39,8 +39,6 @@ from helpers import (
 )
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from scipy.spatial.distance import cdist
-from sklearn.neighbors import NearestCentroid
 
 from e2cm_ext import Decisions, ops, reference
 
@@ -211,6 +209,7 @@ def test_a_row_that_is_a_mean_has_distance_zero(dtype, offset, dim):
 
 
 def test_distances_match_scipy():
+    cdist = pytest.importorskip("scipy.spatial.distance").cdist
     x, means, _ = clusters(40, 123, 9)
     expected = torch.from_numpy(cdist(x.double().numpy(), means.double().numpy()))
     torch.testing.assert_close(ops.class_distances(x, means).double(), expected, rtol=DISTANCE_ERROR, atol=0)
@@ -275,6 +274,7 @@ def test_probabilities_sum_to_one():
 
 
 def test_predictions_match_the_nearest_centroid_of_sklearn():
+    NearestCentroid = pytest.importorskip("sklearn.neighbors").NearestCentroid
     g = generator(5)
     labels = torch.arange(600) % 10
     features = torch.randn(10, 32, generator=g)[labels] + 1.5 * torch.randn(600, 32, generator=g)

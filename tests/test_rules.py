@@ -98,7 +98,7 @@ def test_a_rule_of_ones_own():
     [("margin", ValueError), ("", ValueError), (Confidence, TypeError), (None, TypeError), (3, TypeError)],
 )
 def test_what_is_no_rule_is_named(wrong, kind):
-    with pytest.raises(kind, match=r"`rule` is .*wanted 'confidence', 'entropy' or an object of a Rule class"):
+    with pytest.raises(kind, match=r"`rule` is .*wanted 'confidence', 'entropy', 'gate' or an object of a Rule class"):
         rule(wrong)
 
 

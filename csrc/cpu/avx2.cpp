@@ -7,7 +7,7 @@
 namespace e2cm {
 namespace {
 
-constexpr int kSquareRows = 2, kSquareMeans = 5, kTileRows = 6;
+constexpr int kSquareRows = 2, kSquareSums = 10, kTileRows = 6;
 
 struct Vec {
   static constexpr int lanes = 8;

@@ -14,7 +14,9 @@
 // every (row, mean) pair goes through the same instructions.
 //
 // Tried and left: products for few classes (the work around them costs more than it saves), dot products of rows and
-// means in tiles of 4 x 6 (a quarter of the time went into adding up lanes), blocks of 256, 1024 and 2048 numbers.
+// means in tiles of 4 x 6 (a quarter of the time went into adding up lanes), blocks of 256, 1024 and 2048 numbers;
+// few means in tiles of 2 x 10 (as fast in cache, half as fast from memory), and for 8 blocks at a time (no faster);
+// dot products for the last few of many classes (9% at 100 of them, but equal means must have equal bits).
 #include "distances.h"
 
 #include <algorithm>
@@ -57,8 +59,8 @@ struct PairSums::Plan {
   int64_t scratch;  // floats per thread
 
   Plan(const Rows& x, int64_t means, int64_t splits, int allowed)
-      // A mean costs about as much to prepare as four rows cost to compare with it.
-      : threads(useful_threads(allowed, x.dim * (x.rows * means + 4 * (x.rows + means)))),
+      // A row or mean of many costs about as much to prepare as four comparisons.
+      : threads(useful_threads(allowed, x.dim * (x.rows * means + (means <= kFewMeans ? 0 : 4 * (x.rows + means))))),
         group_rows(std::min(kGroupRows, round_up(x.rows, 4))),
         part_means(means) {
     const auto pieces = [&] { return ceil_div(x.rows, group_rows) * ceil_div(means, part_means) * splits; };
@@ -69,7 +71,7 @@ struct PairSums::Plan {
     while (pieces() < wanted && group_rows > 4) group_rows = round_up(group_rows / 2, 4);
     groups = ceil_div(x.rows, group_rows);
     parts = ceil_div(means, part_means);
-    const int64_t few = means * kStride, many = group_rows * kStride + kBlock * panel;
+    const int64_t few = means * kStride * kRun, many = group_rows * kStride + kBlock * panel;
     scratch = round_up(means <= kFewMeans ? few : many, 1024);
   }
 };
@@ -84,11 +86,13 @@ PairSums::PairSums(Of what, const Rows& x, const Rows& classes, const float* cen
       norms_(what == Of::distances && !few_),
       splits_(splits_of(x.dim)),
       row_stride_(round_up(x.rows, kLanes)),
-      ld_(few_ ? classes.rows : round_up(classes.rows, kLanes)),
-      size_(splits_ * (row_stride_ * ld_ + (norms_ ? row_stride_ + ld_ : 0))),
+      class_stride_(few_ ? row_stride_ : 1),
+      ld_(few_ ? 1 : round_up(classes.rows, kLanes)),
+      split_stride_(row_stride_ * (few_ ? classes.rows : ld_)),
+      size_(splits_ * (split_stride_ + (norms_ ? row_stride_ + ld_ : 0))),
       memory_(size_),
       sums_(memory_.get()),
-      row_norms_(norms_ ? sums_ + splits_ * row_stride_ * ld_ : nullptr),
+      row_norms_(norms_ ? sums_ + splits_ * split_stride_ : nullptr),
       class_norms_(norms_ ? row_norms_ + splits_ * row_stride_ : nullptr) {
   if (x.rows > 0) compute(Plan(x, classes.rows, splits_, threads));
 }
@@ -111,28 +115,36 @@ void PairSums::compute(const Plan& plan) {
   });
 }
 
-// body(first number, how many) for every block of a split.
+// body(first number, how many) for all blocks of a split, `each` of them at a time.
 template <class Body>
-void PairSums::for_blocks(int64_t split, const Body& body) const {
-  const int64_t blocks = ceil_div(x_.dim, kBlock);
-  for (int64_t block = blocks * split / splits_; block < blocks * (split + 1) / splits_; ++block)
-    body(block * kBlock, std::min(kBlock, x_.dim - block * kBlock));
+void PairSums::for_blocks(int64_t split, int64_t each, const Body& body) const {
+  const int64_t blocks = ceil_div(x_.dim, kBlock), end = blocks * (split + 1) / splits_;
+  for (int64_t block = blocks * split / splits_; block < end; block += each) {
+    const int64_t at = block * kBlock;
+    body(at, std::min({each * kBlock, end * kBlock - at, x_.dim - at}));
+  }
 }
 
 void PairSums::add_directly(const Piece& piece, float* scratch) {
   const bool in_place = piece.rows <= kFewRows && classes_.dtype == DType::f32;
-  double* const sums = sums_ + (piece.split * row_stride_ + piece.first) * ld_;
+  double* const sums = sums_ + piece.split * split_stride_ + piece.first;
   const auto run = what_ == Of::distances ? isa_.add_squares : isa_.add_dots;
-  const auto add = [&](int64_t at, int64_t n, const float* m, int64_t stride) {
-    run(element(x_, piece.first, at), x_.dtype, x_.stride, piece.rows, n, m, stride, classes_.rows, sums, ld_);
+  const auto add = [&](int64_t at, int64_t n, const FewMeans& means) {
+    run(element(x_, piece.first, at), x_.dtype, x_.stride, piece.rows, n, means, sums, row_stride_);
   };
-  for_blocks(piece.split, [&](int64_t at, int64_t n) {
+  const int64_t block = classes_.rows * kStride, size = size_of(classes_.dtype);
+  for_blocks(piece.split, kRun, [&](int64_t at, int64_t n) {
     const int64_t whole = in_place ? n / kPad * kPad : 0, rest = n - whole;
-    if (whole) add(at, whole, static_cast<const float*>(element(classes_, 0, at)), classes_.stride);
+    if (whole) {
+      const float* const means = static_cast<const float*>(element(classes_, 0, at));
+      add(at, whole, {means, classes_.rows, classes_.stride, kBlock, nullptr, 0, 0});
+    }
     if (!rest) return;
-    isa_.load_block(element(classes_, 0, at + whole), classes_.dtype, classes_.stride, nullptr, classes_.rows, rest,
-                    scratch, nullptr);
-    add(at + whole, rest, scratch, kStride);
+    for (int64_t i = 0; i < rest; i += kBlock)
+      isa_.load_block(element(classes_, 0, at + whole + i), classes_.dtype, classes_.stride, nullptr, classes_.rows,
+                      std::min(kBlock, rest - i), scratch + i / kBlock * block, nullptr);
+    const char* const ahead = in_place || at + n == x_.dim ? nullptr : address(classes_, 0, at + n);
+    add(at + whole, rest, {scratch, classes_.rows, kStride, block, ahead, classes_.stride * size, size});
   });
 }
 
@@ -140,13 +152,13 @@ void PairSums::add_products(const Piece& piece, float* scratch) {
   const int64_t width = isa_.panel, x_size = size_of(x_.dtype), class_size = size_of(classes_.dtype);
   const int64_t end = piece.first_class + piece.classes;
   float *const panel = scratch, *const rows = scratch + kBlock * width;
-  double* const products = sums_ + (piece.split * row_stride_ + piece.first) * ld_;
+  double* const products = sums_ + piece.split * split_stride_ + piece.first * ld_;
   // Norms are the same for all pieces that share the rows or the classes: one of them writes.
   double* const row_norms =
       norms_ && !piece.first_class ? row_norms_ + piece.split * row_stride_ + piece.first : nullptr;
   double* const class_norms = norms_ && !piece.first ? class_norms_ + piece.split * ld_ : nullptr;
 
-  for_blocks(piece.split, [&](int64_t at, int64_t n) {
+  for_blocks(piece.split, 1, [&](int64_t at, int64_t n) {
     const float* const center = center_ ? center_ + at : nullptr;
     const bool last = at + n == x_.dim;
     Ahead rows_ahead{address(x_, piece.first, at + n), last ? 0 : piece.rows, x_.stride * x_size, kBlock * x_size};
@@ -187,21 +199,45 @@ float Distances::the_long_way(int64_t row, int64_t mean) const {
   });
 }
 
-void Distances::lanes(int64_t first, float* out) const {
-  double norms[kLanes] = {};
-  if (!few_)
-    for (int64_t s = 0; s < splits_; ++s)
-      for (int64_t j = 0; j < kLanes; ++j) norms[j] += row_norms_[s * row_stride_ + first + j];
+void Distances::lanes(int64_t first, float* out) const { few_ ? lanes_of_few(first, out) : lanes_of_many(first, out); }
+
+void Distances::lanes_of_few(int64_t first, float* out) const {
+  float scale[kLanes];
   for (int64_t k = 0; k < classes_.rows; ++k) {
-    double mean_norm = 0;
-    if (!few_)
-      for (int64_t s = 0; s < splits_; ++s) mean_norm += class_norms_[s * ld_ + k];
-    const float scale = scale_ ? scale_[k] : 1.f;
+    std::fill_n(scale, kLanes, scale_ ? scale_[k] : 1.f);
     float* const distances = out + k * kLanes;
-    const uint32_t doubtful = isa_.distance_lanes(sums_ + first * ld_ + k, splits_, row_stride_ * ld_, ld_,
-                                                  few_ ? nullptr : norms, mean_norm, scale, distances);
+    const uint32_t doubtful =
+        isa_.distance_lanes(sums_ + k * row_stride_ + first, splits_, split_stride_, nullptr, 0, scale, distances);
     for (int64_t j = 0; doubtful >> j; ++j)
-      if (doubtful >> j & 1 && first + j < x_.rows) distances[j] = the_long_way(first + j, k) / scale;
+      if (doubtful >> j & 1 && first + j < x_.rows) distances[j] = the_long_way(first + j, k) / scale[j];
+  }
+}
+
+// A class per lane, as the sums lie, and turned afterwards.
+void Distances::lanes_of_many(int64_t first, float* out) const {
+  const auto over_splits = [&](const double* norms, int64_t stride, double (&sum)[kLanes]) {
+    std::fill_n(sum, kLanes, 0.0);
+    for (int64_t s = 0; s < splits_; ++s, norms += stride)
+      for (int64_t j = 0; j < kLanes; ++j) sum[j] += norms[j];
+  };
+  double row_norms[kLanes];
+  over_splits(row_norms_ + first, row_stride_, row_norms);
+  for (int64_t k = 0; k < classes_.rows; k += kLanes) {
+    const int64_t count = std::min(kLanes, classes_.rows - k);
+    double class_norms[kLanes];
+    over_splits(class_norms_ + k, ld_, class_norms);
+    float scale[kLanes], square[kLanes * kLanes];
+    std::fill_n(scale, kLanes, 1.f);
+    if (scale_) std::copy_n(scale_ + k, count, scale);
+    for (int64_t j = 0; j < kLanes; ++j) {
+      float* const distances = square + j * kLanes;
+      const uint32_t doubtful = isa_.distance_lanes(sums_ + (first + j) * ld_ + k, splits_, split_stride_, class_norms,
+                                                    row_norms[j], scale, distances);
+      for (int64_t i = 0; doubtful >> i; ++i)
+        if (doubtful >> i & 1 && i < count && first + j < x_.rows)
+          distances[i] = the_long_way(first + j, k + i) / scale[i];
+    }
+    isa_.turn(square, DType::f32, kLanes, kLanes, count, out + k * kLanes, kLanes);
   }
 }
 
@@ -209,12 +245,13 @@ Logits::Logits(const Rows& x, const Linear& head, int threads)
     : PairSums(Of::products, x, head.weight, nullptr, threads), bias_(head.bias) {}
 
 void Logits::lanes(int64_t first, float* out) const {
-  for (int64_t j = 0; j < kLanes; ++j) {
-    for (int64_t k = 0; k < classes_.rows; ++k) {
-      double logit = bias_[k];
-      for (int64_t s = 0; s < splits_; ++s) logit += sums_[(s * row_stride_ + first + j) * ld_ + k];
-      out[k * kLanes + j] = -static_cast<float>(logit);
-    }
+  for (int64_t k = 0; k < classes_.rows; ++k) {
+    double logits[kLanes];
+    std::fill_n(logits, kLanes, static_cast<double>(bias_[k]));
+    const double* sums = sums_ + first * ld_ + k * class_stride_;
+    for (int64_t s = 0; s < splits_; ++s, sums += split_stride_)
+      for (int64_t j = 0; j < kLanes; ++j) logits[j] += sums[j * ld_];
+    for (int64_t j = 0; j < kLanes; ++j) out[k * kLanes + j] = -static_cast<float>(logits[j]);
   }
 }
 

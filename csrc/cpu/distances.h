@@ -22,14 +22,16 @@ class PairSums {
   const Rows classes_;  // a vector each
   const float* const center_;
   const Of what_;
-  const bool few_;            // classes: what is wanted is summed up directly
-  const bool norms_;          // or distances must be made of products and norms
-  const int64_t splits_;      // D is cut into this many parts, a number that depends on D alone
-  const int64_t row_stride_;  // rows, rounded up to whole lanes
-  const int64_t ld_;          // classes, rounded up to whole vectors where they are packed
-  const int64_t size_;        // of all sums together: one piece of memory, since a small call is mostly allocation
+  const bool few_;              // classes: what is wanted is summed up directly
+  const bool norms_;            // or distances must be made of products and norms
+  const int64_t splits_;        // D is cut into this many parts, a number that depends on D alone
+  const int64_t row_stride_;    // rows, rounded up to whole lanes
+  const int64_t class_stride_;  // of the sums, which lie as the tiles write them: of few classes, class by class,
+  const int64_t ld_;            // of many, row by row, these rounded up to whole vectors
+  const int64_t split_stride_;
+  const int64_t size_;  // of all sums together: one piece of memory, since a small call is mostly allocation
   Buffer<double> memory_;
-  double* const sums_;         // [splits, row_stride, ld]
+  double* const sums_;         // [splits, classes, row_stride] or [splits, row_stride, ld]
   double* const row_norms_;    // [splits, row_stride]
   double* const class_norms_;  // [splits, ld]
 
@@ -40,7 +42,7 @@ class PairSums {
   };
   void compute(const Plan& plan);
   template <class Body>
-  void for_blocks(int64_t split, const Body& body) const;
+  void for_blocks(int64_t split, int64_t each, const Body& body) const;
   void add_directly(const Piece& piece, float* scratch);
   void add_products(const Piece& piece, float* scratch);
 };
@@ -54,6 +56,8 @@ class Distances : public PairSums {
   void lanes(int64_t first, float* out) const;
 
  private:
+  void lanes_of_few(int64_t first, float* out) const;
+  void lanes_of_many(int64_t first, float* out) const;
   float the_long_way(int64_t row, int64_t mean) const;
   const float* const scale_;
 };

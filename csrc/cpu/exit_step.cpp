@@ -45,13 +45,16 @@ struct LaneAnswers {
     if (!out.log_probs) return;
     float log_sum[kLanes];
     for (int j = 0; j < kLanes; ++j) log_sum[j] = std::log(sum[j]);
-    for (int64_t begin = 0; begin < out.classes; begin += kLanes) {  // square pieces: both sides stay in cache
-      const int64_t end = std::min(begin + kLanes, out.classes);
-      for (int j = 0; j < kLanes; ++j) {
-        if (rows[j] < 0) continue;
-        float* const target = out.log_probs + rows[j] * out.classes;
-        for (int64_t k = begin; k < end; ++k) target[k] = (best[j] - penalties[k * kLanes + j]) - log_sum[j];
-      }
+    for (int64_t begin = 0; begin < out.classes; begin += kLanes) {
+      const int64_t count = std::min(kLanes, out.classes - begin);
+      float square[kLanes * kLanes], turned[kLanes * kLanes];
+      for (int64_t k = 0; k < count; ++k)
+        for (int j = 0; j < kLanes; ++j)
+          square[k * kLanes + j] = (best[j] - penalties[(begin + k) * kLanes + j]) - log_sum[j];
+      std::fill(square + count * kLanes, square + kLanes * kLanes, 0.f);
+      kernels().turn(square, DType::f32, kLanes, kLanes, kLanes, turned, kLanes);
+      for (int j = 0; j < kLanes; ++j)
+        if (rows[j] >= 0) std::copy_n(turned + j * kLanes, count, out.log_probs + rows[j] * out.classes + begin);
     }
   }
 };

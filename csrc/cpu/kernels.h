@@ -10,6 +10,9 @@ namespace e2cm {
 
 // Features are worked on in blocks of this many numbers: sums inside a block are float32, sums of blocks are double.
 constexpr int64_t kBlock = 512;
+// With few means, some rows at a time are worked on for this many blocks: the memory that they come from likes long
+// stretches. The means of so many blocks should stay in the second level of cache.
+constexpr int64_t kRun = 4;
 // Rows of scratch start this many floats apart. Not kBlock: a load whose address agrees with that of a recent store in
 // its last 12 bits waits for it, and rows 2 KiB apart would agree all the time.
 constexpr int64_t kStride = kBlock + 16;
@@ -40,6 +43,16 @@ struct Ahead {
   }
 };
 
+// Means to compare rows with: number i of block b of mean k is data[k * stride + b * block + i]; zeros stand behind the
+// last one up to a multiple of kPad. ahead: those that will be needed next, null if they need not be asked for, mean k
+// of them at ahead + k * ahead_stride (bytes) in numbers of ahead_size bytes.
+struct FewMeans {
+  const float* data;
+  int64_t count, stride, block;
+  const char* ahead;
+  int64_t ahead_stride, ahead_size;
+};
+
 // Some channels (kLanes, twice or four times as many) of a row of cells: those of pixel (r, i) are side by side at
 // x + r * row_stride + i * pixel_stride. Cell j goes from column cuts[j] to cuts[j + 1].
 struct Strip {
@@ -66,14 +79,13 @@ struct Kernels {
   void (*load_block)(const void* source, DType dtype, int64_t stride, const float* center, int64_t row_count, int64_t n,
                      float* rows, double* norms);
 
-  // squares[r * ld + k] += |x_r - mean_k|^2 over n <= kBlock numbers, x as it arrives. The means are float32, and
-  // zeros stand behind n up to a multiple of kPad.
-  void (*add_squares)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const float* means,
-                      int64_t mean_stride, int64_t mean_count, double* squares, int64_t ld);
+  // squares[k * ld + r] += |x_r - mean_k|^2 over n numbers, kRun blocks at most, x as it arrives.
+  void (*add_squares)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const FewMeans& means,
+                      double* squares, int64_t ld);
 
-  // sums[r * ld + k] += x_r . mean_k: the same, of products.
-  void (*add_dots)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const float* means,
-                   int64_t mean_stride, int64_t mean_count, double* sums, int64_t ld);
+  // sums[k * ld + r] += x_r . mean_k: the same, of products.
+  void (*add_dots)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const FewMeans& means,
+                   double* sums, int64_t ld);
 
   // At most `panel` means, less the center, turned so that number i of all of them stands side by side, in vectors
   // filled up with zeros. norms[k] += |mean|^2, if norms is not null.
@@ -88,12 +100,12 @@ struct Kernels {
   // || x - mean ||^2 the long way, which no cancellation can hurt.
   double (*squared_distance)(const void* x, DType x_dtype, const void* mean, DType mean_dtype, int64_t n);
 
-  // With sum[lane] = sum over splits of sums[split * split_stride + lane * ld], the square of a distance is sum[lane],
-  // or, if there are row norms, row_norms[lane] + mean_norm - 2 * sum[lane]. out[lane] = sqrt(square) / scale. Returns
+  // With sum[lane] = sum over splits of sums[split * split_stride + lane], the square of a distance is sum[lane], or,
+  // if there are lane norms, lane_norms[lane] + norm - 2 * sum[lane]. out[lane] = sqrt(square) / scale[lane]. Returns
   // the lanes, a bit each, that are not to be believed: the subtraction has cancelled too much, or float32 was too
   // narrow for the squares.
-  uint32_t (*distance_lanes)(const double* sums, int64_t splits, int64_t split_stride, int64_t ld,
-                             const double* row_norms, double mean_norm, float scale, float* out);
+  uint32_t (*distance_lanes)(const double* sums, int64_t splits, int64_t split_stride, const double* lane_norms,
+                             double norm, const float* scale, float* out);
 
   // Penalties z[k * kLanes + lane] (smaller is likelier; +inf: impossible; NaN: spoils the row) become, per lane, the
   // best penalty and its class (the lowest of equals), sum e and sum e * (best - z) with e = exp(best - z); a lane that

@@ -6,7 +6,7 @@
 //                                                    select_nan(a, then, otherwise); sum4(a, b, c, d, float[4]);
 //                                                    add_exponent(a, n) = a * 2^(n, held in the low bits);
 //                                                    transpose(Vec[lanes])
-//   kSquareRows, kSquareMeans                        the register tile of add_squares
+//   kSquareRows, kSquareSums                         rows (a power of two) and sums of a register tile of add_squares
 //   kTileRows                                        of add_products, by two vectors
 //
 // and bf16 / f16 below are the storage types. Everything here is in an anonymous namespace too: a function compiled for
@@ -35,15 +35,20 @@ namespace {
 
 // ---- sums of lanes --------------------------------------------------------------------------------------------------
 
-// out[r * ld + c] += the lanes of sums[c][r]. Every sum goes through the same tree, whatever tile it comes from.
+// out[c * ld + r] += the lanes of sums[c][r]. Every sum goes through the same tree, whatever tile it comes from.
 template <int R, int C>
 inline void add_lanes(const Vec (&sums)[C][R], double* out, int64_t ld) {
   E2CM_UNROLL for (int q = 0; q < R * C; q += 4) {
     const auto at = [&](int i) { return i < R * C ? sums[i / R][i % R] : Vec::zero(); };
     alignas(16) float parts[4];
     Vec::sum4(at(q), at(q + 1), at(q + 2), at(q + 3), parts);
-    E2CM_UNROLL for (int i = q; i < q + 4; ++i) {
-      if (i < R * C) out[i % R * ld + i / R] += parts[i - q];
+    if constexpr (R % 4 == 0) {
+      double* const to = out + q / R * ld + q % R;
+      E2CM_SIMD for (int i = 0; i < 4; ++i) to[i] += static_cast<double>(parts[i]);
+    } else {
+      E2CM_UNROLL for (int i = q; i < q + 4; ++i) {
+        if (i < R * C) out[i / R * ld + i % R] += parts[i - q];
+      }
     }
   }
 }
@@ -67,18 +72,25 @@ inline Vec add_square(Vec x, Vec m, Vec sum) {
   return Vec::fma(difference, difference, sum);
 }
 
-// R rows x C means, all sums in registers; n a multiple of kPad. `next`: the rows that follow, asked for in time.
+// What will be needed next: some rows, from `at` on, of as many numbers of `size` bytes as are worked on meanwhile.
+struct Soon {
+  const char* at;
+  int64_t stride, size;
+};
+
+// R rows x C means, all sums in registers; n a multiple of kPad.
 template <bool squares, int R, int C, class Source>
-void compare(const Source* x, int64_t stride, const Source* next, int64_t n, const float* means, int64_t mean_stride,
-             double* to, int64_t ld) {
+void compare(const Source* x, int64_t stride, int64_t n, const float* means, int64_t mean_stride, Soon soon, double* to,
+             int64_t ld) {
   Vec sums[C][R];
   E2CM_UNROLL for (int c = 0; c < C; ++c) { E2CM_UNROLL for (int r = 0; r < R; ++r) sums[c][r] = Vec::zero(); }
   for (int64_t i = 0; i < n; i += Vec::lanes) {
     Vec a[R];
     E2CM_UNROLL for (int r = 0; r < R; ++r) {
       a[r] = Vec::load_as(x + r * stride + i);
-      E2CM_PREFETCH(next + r * stride + i);
+      E2CM_PREFETCH(soon.at + r * soon.stride);
     }
+    soon.at += Vec::lanes * soon.size;
     E2CM_UNROLL for (int c = 0; c < C; ++c) {
       const Vec m = Vec::load_once(means + c * mean_stride + i);
       E2CM_UNROLL for (int r = 0; r < R; ++r) {
@@ -90,52 +102,69 @@ void compare(const Source* x, int64_t stride, const Source* next, int64_t n, con
 }
 
 template <class Source>
-using Comparer = void (*)(const Source*, int64_t, const Source*, int64_t, const float*, int64_t, double*, int64_t);
+using Comparer = void (*)(const Source*, int64_t, int64_t, const float*, int64_t, Soon, double*, int64_t);
+
+template <int R>
+constexpr int kSquareMeans = kSquareSums / R < 6 ? kSquareSums / R : 6;
 
 template <bool squares, class Source, int R, int C = 1>
 Comparer<Source> comparer_of(int64_t means) {
-  if constexpr (C == kSquareMeans) {
+  if constexpr (C == kSquareMeans<R>) {
     return compare<squares, R, C, Source>;
   } else {
     return means == C ? compare<squares, R, C, Source> : comparer_of<squares, Source, R, C + 1>(means);
   }
 }
 
-template <bool squares, class Source>
-void compare_all(const Source* x, int64_t stride, int64_t row_count, int64_t n, const float* means, int64_t mean_stride,
-                 int64_t mean_count, double* sums, int64_t ld) {
-  static_assert(kSquareRows == 2, "one line per height");
-  const int64_t whole = n / kPad * kPad, tail = n - whole;
-  const int64_t strips = (mean_count + kSquareMeans - 1) / kSquareMeans;
-  for (int64_t r = 0; r < row_count; r += kSquareRows) {
-    const int64_t count = at_most(kSquareRows, row_count - r);
-    const Source* const from = x + r * stride;
-    const Source* const next = r + kSquareRows < row_count ? from + kSquareRows * stride : x + n;  // or the next block
-    const Tail<Source, kSquareRows> rest(from + whole, stride, tail ? count : 0, tail);
+// R rows, block after block. While the first strip of means is at work, the next rows are asked for; while the last one
+// is, the next means, a few for each of these rows.
+template <bool squares, int R, class Source>
+void compare_rows(const Source* x, int64_t stride, const Source* next, int64_t row, int64_t n, const FewMeans& means,
+                  double* sums, int64_t ld) {
+  const int64_t strips = (means.count + kSquareMeans<R> - 1) / kSquareMeans<R>;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t count = at_most(kBlock, n - begin), whole = count / kPad * kPad, tail = count - whole;
+    const Source* const from = x + begin;
+    const float* const block = means.data + begin / kBlock * means.block;
+    const Soon here{reinterpret_cast<const char*>(from), 0, 0};
     for (int64_t s = 0; s < strips; ++s) {  // as equal as can be: 10 means are 5 + 5, not 6 + 4
-      const int64_t begin = mean_count * s / strips, width = mean_count * (s + 1) / strips - begin;
-      const Comparer<Source> run =
-          count == 2 ? comparer_of<squares, Source, 2>(width) : comparer_of<squares, Source, 1>(width);
-      const float* const strip = means + begin * mean_stride;
-      double* const to = sums + r * ld + begin;
-      if (whole) run(from, stride, next, whole, strip, mean_stride, to, ld);
-      if (tail) run(rest.rows[0], kPad, rest.rows[0], kPad, strip + whole, mean_stride, to, ld);
+      const int64_t first = means.count * s / strips, width = means.count * (s + 1) / strips - first;
+      const Comparer<Source> run = comparer_of<squares, Source, R>(width);
+      const float* const strip = block + first * means.stride;
+      double* const to = sums + first * ld;
+      Soon soon = here;
+      if (s == 0)
+        soon = {reinterpret_cast<const char*>(next + begin), stride * int64_t{sizeof(Source)}, sizeof(Source)};
+      else if (s + 1 == strips && row < means.count && means.ahead)
+        soon = {means.ahead + at_most(row, means.count - R) * means.ahead_stride + begin * means.ahead_size,
+                means.ahead_stride, means.ahead_size};
+      if (whole) run(from, stride, whole, strip, means.stride, soon, to, ld);
+      if (!tail) continue;
+      const Tail<Source, R> rest(from + whole, stride, R, tail);
+      run(rest.rows[0], kPad, kPad, strip + whole, means.stride, here, to, ld);
     }
   }
 }
 
-void add_squares(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const float* means,
-                 int64_t mean_stride, int64_t mean_count, double* squares, int64_t ld) {
-  visit(x, dtype, [&](const auto* typed) {
-    compare_all<true>(typed, stride, row_count, n, means, mean_stride, mean_count, squares, ld);
-  });
+template <bool squares, class Source, int R = kSquareRows>
+void compare_all(const Source* x, int64_t stride, int64_t row, int64_t row_count, int64_t n, const FewMeans& means,
+                 double* sums, int64_t ld) {
+  for (; row + R <= row_count; row += R) {
+    const Source* const from = x + row * stride;
+    const Source* const next = row + 2 * R <= row_count ? from + R * stride : x + n;  // or what follows
+    compare_rows<squares, R>(from, stride, next, row, n, means, sums + row, ld);
+  }
+  if constexpr (R > 1) compare_all<squares, Source, R / 2>(x, stride, row, row_count, n, means, sums, ld);
 }
 
-void add_dots(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const float* means,
-              int64_t mean_stride, int64_t mean_count, double* sums, int64_t ld) {
-  visit(x, dtype, [&](const auto* typed) {
-    compare_all<false>(typed, stride, row_count, n, means, mean_stride, mean_count, sums, ld);
-  });
+void add_squares(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const FewMeans& means,
+                 double* squares, int64_t ld) {
+  visit(x, dtype, [&](const auto* typed) { compare_all<true>(typed, stride, 0, row_count, n, means, squares, ld); });
+}
+
+void add_dots(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const FewMeans& means,
+              double* sums, int64_t ld) {
+  visit(x, dtype, [&](const auto* typed) { compare_all<false>(typed, stride, 0, row_count, n, means, sums, ld); });
 }
 
 // ---- many means: rows into scratch, means into panels, and their products -------------------------------------------
@@ -314,23 +343,23 @@ double squared_distance(const void* x, DType x_dtype, const void* mean, DType me
   });
 }
 
-// ---- distances from norms and products, one row per lane ------------------------------------------------------------
+// ---- distances from sums, a row or a class per lane
+// ------------------------------------------------------------------
 
-uint32_t distance_lanes(const double* sums, int64_t splits, int64_t split_stride, int64_t ld, const double* row_norms,
-                        double mean_norm, float scale, float* out) {
+uint32_t distance_lanes(const double* sums, int64_t splits, int64_t split_stride, const double* lane_norms, double norm,
+                        const float* scale, float* out) {
   double sum[kLanes], norms[kLanes];
-  for (int j = 0; j < kLanes; ++j) sum[j] = sums[j * ld];
-  for (int64_t s = 1; s < splits; ++s)
-    for (int j = 0; j < kLanes; ++j) sum[j] += sums[s * split_stride + j * ld];
+  for (int j = 0; j < kLanes; ++j) sum[j] = sums[j];
+  for (int64_t s = 1; s < splits; ++s) E2CM_SIMD for (int j = 0; j < kLanes; ++j) sum[j] += sums[s * split_stride + j];
   // Rounding has gone up to one chain and the chains of a block; the subtraction multiplies what it left.
   constexpr double doubt = static_cast<double>(kChain) / kBlock;
-  for (int j = 0; j < kLanes; ++j) norms[j] = row_norms ? row_norms[j] + mean_norm : sum[j];
-  if (row_norms)
+  for (int j = 0; j < kLanes; ++j) norms[j] = lane_norms ? lane_norms[j] + norm : sum[j];
+  if (lane_norms)
     for (int j = 0; j < kLanes; ++j) sum[j] = norms[j] - 2 * sum[j];
   int32_t doubtful[kLanes];
   E2CM_SIMD for (int j = 0; j < kLanes; ++j) {
     doubtful[j] = !(sum[j] >= norms[j] * doubt) | !(norms[j] >= kTiny) | !(norms[j] <= kHuge);
-    out[j] = std::sqrt(static_cast<float>(sum[j])) / scale;
+    out[j] = std::sqrt(static_cast<float>(sum[j])) / scale[j];
   }
   uint32_t mask = 0;
   for (int j = 0; j < kLanes; ++j) mask |= static_cast<uint32_t>(doubtful[j]) << j;

@@ -7,7 +7,7 @@
 namespace e2cm {
 namespace {
 
-constexpr int kSquareRows = 2, kSquareMeans = 12, kTileRows = 12;
+constexpr int kSquareRows = 4, kSquareSums = 24, kTileRows = 12;
 
 struct Vec {
   static constexpr int lanes = 4;

@@ -7,7 +7,7 @@
 namespace e2cm {
 namespace {
 
-constexpr int kSquareRows = 2, kSquareMeans = 2, kTileRows = 4;
+constexpr int kSquareRows = 2, kSquareSums = 4, kTileRows = 4;
 
 struct Vec {
   static constexpr int lanes = 4;
