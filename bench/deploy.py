@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from cascade import BUDGETS, in_turns, ratio, timing_arguments
 from curves import network, write
+from turns import BUDGETS, in_turns, ratio, timing_arguments
 
 import e2cm_ext as e2cm
 from e2cm_ext.runner import Answers, OnnxCascade
