@@ -77,10 +77,10 @@ def trained(options: argparse.Namespace) -> Subject:
     few = ee.select(record, options.count, progress=False)
     assert few.selection is not None
     exits, thresholds = {}, {}
-    for name, some, curve in (
-        (f"{options.count} selected", few, few.selection.curve),
-        (f"all {len(ee.heads)}", ee, ee.curve(record, progress=False)),
-    ):
+    found = [(f"{options.count} selected", few, few.selection.curve)]
+    if not options.selected:
+        found.append((f"all {len(ee.heads)}", ee, ee.curve(record, progress=False)))
+    for name, some, curve in found:
         exits[name] = some
         thresholds |= {(name, budget): curve.best_within(budget).thresholds for budget in options.budgets}
     return Subject(options.call, model, _placed(others, options), exits, thresholds)
@@ -94,10 +94,18 @@ def untrained(name: str, options: argparse.Namespace) -> Subject:
     model = model.to(options.device, memory_format=torch.channels_last)
     images = _placed(torch.randn(options.images, 3, 224, 224), options)
     ee = e2cm.EarlyExit(model, images[:1], exits=6, head=options.head)
-    for head in ee.heads:
-        head.weight.normal_().div_(head.weight.shape[1] ** 0.5)
-        head.bias.zero_()
+
+    def make(j: int, x: Tensor) -> None:
+        """Logits that differ from image to image by much more than rounding does, so that all ways decide alike."""
+        head = ee.heads[j]
+        seen = e2cm.ops.statistics(x, head.statistics)
+        deviation, mean = torch.std_mean(seen, 0)
+        head.weight.normal_().div_(deviation.clamp(min=1e-3 * deviation.max()) * len(mean) ** 0.5 / 3)
+        head.bias.copy_(-head.weight @ mean)
         head.fitted = True
+
+    with torch.no_grad():
+        ee._walk(images[:32], make, logits=False)
     record = ee.record([(x, torch.zeros(len(x), dtype=torch.int64)) for x in images.split(32)], progress=False)
     thresholds = {("6", budget): _evenly(record, budget) for budget in options.budgets}
     return Subject(name, model, images, {"6": ee}, thresholds)
@@ -359,6 +367,7 @@ def main() -> None:
     parser.add_argument("--torchvision", nargs="+", default=[], help="networks of it, in place of a file and data")
     parser.add_argument("--head", default="whitened_means")
     parser.add_argument("--count", type=int, default=6, help="exits to select")
+    parser.add_argument("--selected", action="store_true", help="these alone")
     parser.add_argument("--fit", type=int, default=2000, help="training images to fit on: time does not depend on it")
     parser.add_argument("--found", type=int, default=2048, help="test images to find exits and thresholds on")
     parser.add_argument("--images", type=int, default=256, help="to measure with")

@@ -33,8 +33,10 @@ def by_torch(x: Tensor, wanted: e2cm.Statistics) -> Tensor:
     parts = [F.adaptive_avg_pool2d(x, wanted.mean)]
     if any(wanted.rms):
         parts += [F.adaptive_avg_pool2d(x.square(), wanted.rms).sqrt(), F.adaptive_max_pool2d(x, wanted.max)]
-    products = torch.stack([(x * x.roll(-o, 1)).mean((2, 3)) for o in range(wanted.pairs)], 1)
-    return torch.cat([part.flatten(1) for part in (*parts, products.abs().sqrt().copysign(products))], 1)
+    for offset in range(wanted.pairs):
+        products = (x * x.roll(-offset, 1)).mean((2, 3))
+        parts.append(products.abs().sqrt().copysign(products))
+    return torch.cat([part.flatten(1) for part in parts], 1)
 
 
 def ways(shape: tuple[int, int, int], batch: int, order: torch.memory_format) -> dict[str, Callable[[], object]]:

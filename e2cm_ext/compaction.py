@@ -3,8 +3,8 @@
 Moving takes the time of copying survivors' features. Carrying takes what the next stages spend on samples that have
 left. Nobody knows at an exit how many will leave at the next ones, so it is the choice between renting and buying:
 carry as long as all that has been paid for carrying since survivors were moved last, the stages up to the next exit
-included, is less than what moving takes; then move. Whatever comes, that pays at most about twice what the best choice
-in hindsight would have paid; and if as many leave at each exit, it moves as often as is best.
+included, is less than what moving takes; then move. So no more is paid for carrying than for moving, but on the last
+stretch; and if as many leave at each exit, survivors are moved as often as is best.
 
 Times come from a Profile of the device. Without one, FLOPs and bytes stand for them: linear in the number of samples.
 """

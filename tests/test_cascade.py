@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from small import CLASSES, SHAPE, Scripted, Watched, images, loader, net, pointwise
 from torch import nn
 
-from e2cm_ext import ClassMeans, Decisions, PooledMeans, Rule, Stages, cascade, cut, reference
+from e2cm_ext import (
+    ClassMeans,
+    Decisions,
+    Head,
+    PooledMeans,
+    Rule,
+    Stages,
+    WhitenedMeans,
+    cascade,
+    cut,
+    reference,
+)
 from e2cm_ext.compaction import Compaction
 from e2cm_ext.rules import Confidence, Entropy
 
@@ -385,3 +396,48 @@ def test_who_is_carried_along_changes_nothing(seed, thresholds, scale, rule, cou
         got = cascade.run(POINTWISE, heads, rule, thresholds, x, 3, compaction=carried)
     assert_same_decisions(got, expected)
     assert all(column._base is None and column.untyped_storage().size() == column.nbytes for column in got)
+
+
+def test_leavers_are_carried_by_hand():
+    """Moving costs 3.5, a sample 1 per stage: one leaver is carried past exits 1 and 2 and dropped at exit 3, for what
+    was paid; he would leave again, with another answer, and is not heard."""
+    stages, heads = scripted(0.0, 0.0, 0.0, 0.0, 0.0)
+    heads = [Carries(head.answer) for head in heads]
+    costs = Compaction(tuple((0.0, float(j)) for j in range(1, 7)), ((3.5,) * 4,) * 5)
+    x = rows(0.9, 0.1, 0.2)
+    out = cascade.run(stages, heads, CONFIDENCE, [0.8, 0.7, INF, 0.6, 0.6], x, 3, compaction=costs)
+    assert [len(stage.seen[0]) for stage in stages] == [3, 3, 3, 3, 2, 2]
+    assert out.exit.tolist() == [0, 5, 5] and out.prediction[0] == 0
+    assert_same_decisions(out, cascade.run(stages, heads, CONFIDENCE, [0.8, 0.7, INF, 0.6, 0.6], x, 3))
+
+
+class Carries(Scripted):
+    def decide(self, x, threshold, ids, out, *, rule, exit):
+        return super().decide(x, threshold, ids, out, rule=rule, exit=exit)
+
+
+@pytest.mark.parametrize("kind", [ClassMeans, PooledMeans, WhitenedMeans])
+@pytest.mark.parametrize("rule", [CONFIDENCE, ENTROPY])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_to_decide_is_a_step_without_moving(kind, rule, layout):
+    x, labels = next(iter(loader(200, 200)))
+    x = x.repeat(1, 4, 1, 1).contiguous(memory_format=layout)
+    x += 4 * torch.randn(x.shape, generator=generator(2))  # or all are sure
+    head = kind(CLASSES, x.shape[1:])
+    for turn in range(head.passes):
+        head.update(x, labels, turn)
+        head.finish(turn)
+    x[3, 0, 0, 0], x[5, 1, 2, 2], x[9] = NAN, INF, 1e30
+    certainty, _ = head.judge(x, rule)
+    for threshold in (certainty.nanmedian().item(), -INF):
+        moved, alone = Decisions.empty(210, CLASSES), Decisions.empty(210, CLASSES)
+        ids = torch.randperm(210, generator=generator(1))[:200]
+        _, kept = head.step(x, threshold, ids, moved, rule=rule, exit=2)
+        assert torch.equal(head.decide(x, threshold, ids, alone, rule=rule, exit=2), kept)
+        assert_same_decisions(alone, moved)
+        assert 0 < len(kept) < 200
+
+
+def test_a_step_of_ones_own_is_not_passed_over():
+    """The inherited way to decide would not know of it."""
+    assert Moving.decide is Head.decide and WhitenedMeans.decide is not Head.decide

@@ -3,6 +3,7 @@ the thresholds that are found by it; and once with a true clock."""
 
 import dataclasses
 import itertools
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from test_record import random_record, records, thresholds_for
 from e2cm_ext import Confidence, EarlyExit, Profile, TimedPoint, curve, fast_exit, profile
 from e2cm_ext.cost import Costs
 from e2cm_ext.heads import Head
-from e2cm_ext.profile import fastest, measure
+from e2cm_ext.profile import fastest, measure, paying
 
 
 def made_up(exits: int, sizes=(1, 2, 4, 8), seed: int = 0) -> Profile:
@@ -48,6 +49,7 @@ def test_between_the_sizes_time_is_linear():
         ({"sizes": (1, 1)}, r"`sizes` is \(1, 1\)"),
         ({"stages": torch.zeros(2, 2)}, r"`stages` has shape \[2, 2\]; wanted \[2, 3\]"),
         ({"heads": torch.zeros(1, 2)}, r"`heads` has shape \[1, 2\]; wanted \[2, 2\]"),
+        ({"moves": torch.zeros(2, 3)}, r"`moves` has shape \[2, 3\]; wanted \[2, 2\]"),
     ],
 )
 def test_tables_that_do_not_fit(change, message):
@@ -60,6 +62,11 @@ def test_save_load_and_text(tmp_path):
     found.save(tmp_path / "profile")
     again = Profile.load(tmp_path / "profile")
     assert torch.equal(again.stages, found.stages) and torch.equal(again.heads, found.heads)
+    assert again.moves is None and again.move_seconds(1, 3) == 0
+    moves = dataclasses.replace(found, moves=2 * found.heads)
+    moves.save(tmp_path / "profile")
+    again = Profile.load(tmp_path / "profile")
+    assert torch.equal(again.moves, moves.moves) and again.move_seconds(1, 2) == 2 * found.head_seconds(1, 2)
     assert (again.sizes, again.names, again.device) == (found.sizes, found.names, found.device)
     lines = str(found).splitlines()
     assert [line.split()[0] for line in lines] == ["microseconds", "exit0", "exit0,", "exit1", "exit1,", "(end)", "an"]
@@ -155,6 +162,52 @@ def test_time_decides_where_flops_mislead():
         fastest(record, found, milliseconds=1, batch_size=16)
 
 
+@settings(max_examples=30)
+@given(records(rows=(17, 65), exits=(1, 3)), st.data(), st.integers(1, 8), st.integers(0, 1000))
+def test_exits_that_do_not_pay_are_switched_off(record, data, batch_size, seed):
+    """What is left cannot be made quicker by one exit less, and is never slower than what there was."""
+    limits = torch.as_tensor(data.draw(thresholds_for(record)))
+    found = made_up(record.exits, seed=seed)
+    point = paying(record, found, limits, batch_size)
+    kept = point.thresholds < INF
+    assert torch.equal(point.thresholds[kept], limits[kept])
+    assert point.seconds <= found.expected_seconds(record, limits, batch_size) + 1e-9
+    assert point.seconds == pytest.approx(found.expected_seconds(record, point.thresholds, batch_size))
+    for j in kept.nonzero()[:, 0].tolist():
+        fewer = point.thresholds.clone()
+        fewer[j] = INF
+        assert found.expected_seconds(record, fewer, batch_size) >= point.seconds - 1e-9
+    replay = record.replay(point.thresholds)
+    assert (point.flops, point.accuracy) == (replay.flops, replay.accuracy)
+
+
+def test_a_plan_by_hand():
+    """The first exit step takes longer than all stages; without it, its samples leave at the second."""
+    found, costs = slow_heads()
+    record = dataclasses.replace(random_record(200, 2), costs=costs)
+    point = paying(record, found, [0.5, 0.5], 16)
+    assert point.thresholds.tolist() == [INF, 0.5]
+    assert point.base_seconds == 48 and point.batch_size == 16
+
+
+def test_a_plan_is_made_only_if_asked_for():
+    _, calibrate_on, _ = digits()
+    ee = EarlyExit(trained(), calibrate_on[0][0][:1]).fit(calibrate_on, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on images that it was fitted on
+        record = ee.record(calibrate_on, progress=False)
+    set_to = ee.calibrate(record, flops=0.6, progress=False).thresholds
+    n = torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None].double()
+    exits = len(ee.heads)
+    dear = Profile(n * torch.ones(exits + 1), n * torch.full((exits,), 50.0), (1, 2, 4, 8), ee.exit_names)
+    assert torch.equal(ee.thresholds, set_to)
+    point = ee.plan(record, dear, 8)
+    assert ee.thresholds.isinf().all() and torch.equal(ee.thresholds, point.thresholds)
+    assert point.seconds == point.base_seconds and point.accuracy == record.accuracy[-1]
+    with pytest.raises(ValueError, match="the profile is of another network"):
+        ee.plan(record, made_up(exits), 8)
+
+
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +275,7 @@ def test_what_is_measured_is_what_it_took():
     n = torch.tensor(found.sizes).double()
     torch.testing.assert_close(found.stages, torch.stack([0.1 + 0.02 * n, 0.3 + 0.04 * n], 1))
     torch.testing.assert_close(found.heads, 0.010 + 0.001 * n[:, None])
+    assert (found.moves == 0).all()  # nobody works then, by this clock
 
 
 def test_what_happens_once_does_not_count():

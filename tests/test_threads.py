@@ -1,14 +1,17 @@
 """Many callers at once: Python threads on one op, and worker processes."""
 
+import functools
+import multiprocessing
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import clusters, generator, laid_out, same_bits
+from helpers import assert_same_decisions, clusters, generator, laid_out, same_bits
+from small import digits, trained
 from torch.utils.data import DataLoader, Dataset
 
-from e2cm_ext import Decisions, ops
+from e2cm_ext import Decisions, EarlyExit, ops
 
 CALLERS, ROUNDS = 8, 6
 ROWS, CLASSES = 97, 13
@@ -101,3 +104,71 @@ def test_workers_of_a_dataloader():
     expected = ops.class_distances(data.x.repeat(30, 1), data.means)[:40]  # enough work for both threads
     batches = list(DataLoader(data, batch_size=8, num_workers=2, timeout=60))
     assert same_bits(torch.cat(batches), expected)
+
+
+# ---- one network, many callers --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def wrapped() -> EarlyExit:
+    fit_on, calibrate_on, _ = digits()
+    ee = EarlyExit(trained(), fit_on[0][0][:1]).fit(fit_on[:4], progress=False)
+    ee.calibrate(calibrate_on, flops=0.7, progress=False)
+    return ee
+
+
+def batches() -> list[torch.Tensor]:
+    x = torch.cat([x for x, _ in digits()[2]])
+    return [x[:1], x[1:9], x[9:70], x[70:100], x[100:300], x[3:4]]
+
+
+@pytest.mark.parametrize("threads_inside", [1, 2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_threads_on_one_network(threads_inside, compiled):
+    """Each gets the bits that it would get alone, whatever sizes the others bring; streams do not mix."""
+    torch.set_num_threads(threads_inside)
+    torch._dynamo.reset()
+    ee = wrapped()
+    if compiled:
+        ee = ee.at_exits(ee.exit_names)
+        ee.thresholds = wrapped().thresholds
+        ee.compile(backend="eager")
+    expected = [ee.predict(x) for x in batches()]
+    together = threading.Barrier(CALLERS)
+
+    def caller(number):
+        torch.set_num_threads(threads_inside)
+        together.wait(timeout=60)
+        order = [(number + i) % len(expected) for i in range(len(expected))]
+        if number % 4 == 3:
+            streamed = list(ee.predict_stream([batches()[i] for i in order], batch_size=32))
+            assert [len(d.exit) for d in streamed] == [len(expected[i].exit) for i in order]
+            return []
+        return [(i, ee.predict(batches()[i])) for i in order]
+
+    with ThreadPoolExecutor(CALLERS) as pool:
+        for answers in pool.map(caller, range(CALLERS)):
+            for i, decisions in answers:
+                assert_same_decisions(decisions, expected[i])
+
+
+def served(ee: EarlyExit, x: torch.Tensor) -> list[torch.Tensor]:
+    """In a worker process, as servers are set up: one thread each."""
+    torch.set_num_threads(1)
+    return [column.clone() for column in ee.predict(x)]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_worker_processes(start):
+    """Also forked from a parent that has computed on several threads."""
+    torch.set_num_threads(1)
+    ee = wrapped()
+    expected = [ee.predict(x) for x in batches()]
+    torch.set_num_threads(2)
+    ee.predict(batches()[-2])
+    context = multiprocessing.get_context(start)
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        found = pool.map(served, [ee] * len(expected), batches(), timeout=120)
+        for columns, decisions in zip(found, expected, strict=True):
+            assert_same_decisions(Decisions(*columns), decisions)
