@@ -50,6 +50,11 @@ def export(
     write = _writer(format)
     limits: list[float] = ee.thresholds.tolist()
     ee._refuse_train_mode("export")
+    if ee.combination is not None:
+        raise ValueError(
+            f"the exits of this network answer together ({ee.combination.name}), which packages cannot do: set "
+            "ee.combination = None, if each may answer for itself"
+        )
     ee._refuse_unfitted(limits)
     dtype = next((p.dtype for p in ee.stages.parameters() if p.is_floating_point()), torch.float32)
     if format == "onnx" and dtype is not torch.float32:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from . import data, networks
 from .early_exit import EarlyExit
 
+# Files may hold their heads.
+from .methods import aep, branchynet, bwds, dec, eenets, joined, sdn  # noqa: F401
+
 __all__ = [
     "Output",
     "Part",

@@ -22,6 +22,7 @@ from small import CLASSES, SHAPE, Scripted, by_hand, loader, net, samples
 import e2cm_ext as e2cm
 from e2cm_ext import deploy, reference, runner
 from e2cm_ext.exportable import Answer, Features, logits_of
+from e2cm_ext.methods.sdn import MostConfident
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs onnx, onnxscript and onnxruntime: the extra `onnx`")
@@ -452,3 +453,11 @@ def test_no_altered_byte_goes_unnoticed(tiny, data):
     except ValueError:
         return
     assert found == expected
+
+
+def test_exits_that_answer_together_are_refused(tmp_path):
+    ee = e2cm.EarlyExit(net(), torch.zeros(1, *SHAPE)).fit(loader(), progress=False)
+    ee.combination = MostConfident()
+    with pytest.raises(ValueError, match="answer together"):
+        ee.export(tmp_path / "p.zip", "torch")
+    assert not list(tmp_path.iterdir())

@@ -103,6 +103,18 @@ def test_tau_by_hand():
     assert sdn.tau(most, 93, 100) == pytest.approx([0.1495, 0.289, 0.847])
 
 
+def test_tau_rises_to_the_fraction_asked_for_or_to_where_an_exit_stands():
+    ee = built()
+    for fractions, expected in (
+        ((0.14, 0.31, 0.44, 0.62, 0.76, 0.88), sdn.FRACTIONS),
+        ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6), None),
+    ):
+        spent = [int(1000 * f) for f in fractions]
+        stages = [b - a for a, b in zip([0, *spent], [*spent, 1000], strict=True)]
+        ee.costs = e2cm.Costs(tuple(stages), (0,) * 6, tuple("abcdef"))
+        assert sdn.most(ee) == pytest.approx(expected or fractions)
+
+
 def test_loss_by_hand():
     half = torch.zeros(1, 2)  # log 2 each
     sure = torch.tensor([[math.log(3), 0.0]])  # 3 to 1

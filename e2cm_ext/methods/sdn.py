@@ -33,6 +33,7 @@ from .learned import LearnedHead
 __all__ = ["InternalClassifier", "MostConfident", "at_least", "build", "confusion", "curve", "loss", "tau", "train"]
 
 FRACTIONS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+_NEAR = 0.075  # half of what is between two of them
 
 
 class InternalClassifier(LearnedHead, kind="internal_classifier"):
@@ -152,10 +153,10 @@ def loss(outputs: training.Outputs, labels: Tensor, weights: Sequence[float] | N
 
 def most(ee: EarlyExit) -> list[float]:
     """What tau rises to at every exit: the fraction of the FLOPs that it was asked for at, or else stands at."""
-    if len(ee.heads) == len(FRACTIONS):
+    spent = (torch.tensor(ee.costs.stages, dtype=torch.float64).cumsum(0) / ee.costs.base)[:-1].tolist()
+    if len(spent) == len(FRACTIONS) and all(abs(a - b) < _NEAR for a, b in zip(spent, FRACTIONS, strict=True)):
         return list(FRACTIONS)
-    spent = torch.tensor(ee.costs.stages, dtype=torch.float64).cumsum(0) / ee.costs.base
-    return spent[:-1].tolist()
+    return spent
 
 
 def tau(most: Sequence[float], epoch: int, epochs: int) -> list[float]:
