@@ -2,7 +2,6 @@
 
 import io
 import math
-import statistics
 import time
 
 import pytest
@@ -157,15 +156,15 @@ def test_pruned_answers_are_those_of_the_ensemble():
 
 
 def seconds(one, other, x: torch.Tensor) -> tuple[float, float]:
-    """Medians, both in turns."""
+    """The fastest of many, in turns: what else the machine does only adds."""
     took = ([], [])
     with torch.no_grad():
-        for _ in range(15):
+        for _ in range(40):
             for model, times in zip((one, other), took, strict=True):
                 start = time.perf_counter()
                 model(x)
                 times.append(time.perf_counter() - start)
-    return statistics.median(took[0]), statistics.median(took[1])
+    return min(took[0]), min(took[1])
 
 
 def test_parameters_flops_and_latency_fall():
