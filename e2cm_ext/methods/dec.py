@@ -33,6 +33,7 @@ import copy
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
@@ -304,8 +305,8 @@ class _Work(nn.Module):
         )
         self.exits_undo = nn.ModuleList(nn.ModuleList(each) for each in exits_undo).to(images.device)
         self.trained = Trained()
-        total = float(self.rows.double().sum())
-        self._about = [sizes, len(images), total, asdict(schedule), seed, str(precision), distort is not None]
+        which_images = zlib.crc32(files.bytes_of(self.rows))  # no sum: its last bits depend on the number of threads
+        self._about = [sizes, len(images), which_images, asdict(schedule), seed, str(precision), distort is not None]
 
     def steps(self) -> list[tuple[Callable[[int], None], int]]:
         each = (self._pretrain, self._fine_tune, self._cluster)
