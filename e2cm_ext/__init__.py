@@ -1,11 +1,5 @@
 """Early exits for trained image classifiers: every sample leaves the network as soon as it is recognised."""
 
-import os
-
-# A cascade runs every convolution at many batch sizes. What oneDNN prepares for a convolution and a size takes as long
-# as a small batch does; it keeps 1,024 of these unless told otherwise before the first is made: too few here.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
-
 import torch  # before _native, so that both share one OpenMP runtime
 
 try:
@@ -101,4 +95,4 @@ __all__ = [
     "build_info",
 ]
 
-del os, torch
+del torch
