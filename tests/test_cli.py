@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from math import inf
@@ -107,6 +108,8 @@ def error(code, *arguments, **rest):
 def start(*arguments, **rest):
     code = "from e2cm_ext.cli import main; main()"
     words = [sys.executable, "-c", code, *map(str, arguments)]
+    # Not where there is a checkout, which would be imported.
+    rest.setdefault("cwd", tempfile.gettempdir())
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **rest)
 
 
@@ -420,6 +423,6 @@ def test_a_full_disk_is_one_line(folder):
     with open("/dev/full", "w") as full:
         program = subprocess.run(
             [sys.executable, "-c", "from e2cm_ext.cli import main; main()", "info"],
-            stdout=full, stderr=subprocess.PIPE, text=True,
+            stdout=full, stderr=subprocess.PIPE, text=True, cwd=folder,
         )  # fmt: skip
     assert program.returncode != 0 and "Traceback" not in program.stderr

@@ -90,6 +90,7 @@ def test_torchrun_with_two_processes_gives_what_one_does(tmp_path):
         check=True,
         timeout=LIMIT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
     )
     shares = [loaders(rank, 2) for rank in range(2)]
     fitted_on, held_out = ([*one, *other] for one, other in zip(*shares, strict=True))

@@ -282,7 +282,9 @@ def test_two_processes_may_leave_the_gates_for_later(tmp_path):
         )
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=dict(os.environ, OMP_NUM_THREADS="1"), cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (untouched, start, end), (_, _, other) = (torch.load(tmp_path / f"end{own}", weights_only=True) for own in (0, 1))
     assert untouched

@@ -380,7 +380,9 @@ def test_two_processes_train_as_one(tmp_path):
         )
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=dict(os.environ, OMP_NUM_THREADS="1"), cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ends = [torch.load(tmp_path / f"end{own}", weights_only=True) for own in (0, 1)]
     for part in (0, 1):
