@@ -136,12 +136,12 @@ def _module(where: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.path.insert(0, str(path.resolve().parent))  # it may import its neighbours
+        sys.path.append(str(path.resolve().parent))  # it may import its neighbours; what is installed comes first
         sys.modules.setdefault(path.stem, module)
         spec.loader.exec_module(module)
         return module
     if "" not in sys.path:
-        sys.path.insert(0, "")
+        sys.path.append("")
     try:
         return importlib.import_module(where)
     except ModuleNotFoundError as error:

@@ -9,6 +9,7 @@ their blocks run on the CPU, see csrc/tests/emulation.h.
 import contextlib
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -37,8 +38,9 @@ if os.environ.get("E2CM_EMULATED"):
 @pytest.fixture(autouse=True)
 def _settings_of_torch():
     """Tests may change the number of threads and torch's defaults; the next one starts from where this one did."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    threads, dtype, path = torch.get_num_threads(), torch.get_default_dtype(), list(sys.path)
     yield
+    sys.path[:] = path  # processes that are started later search it, too: for a checkout, if one were in it
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     torch.set_default_device(None)
