@@ -29,7 +29,10 @@ def package(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray():
+def local_ray(tmp_path_factory):
+    # Workers start where the driver is: not in a checkout, which they would import.
+    here = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("driver"))
     # Workers inherit them: they must find this file.
     mine = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     before = {name: os.environ.get(name) for name in mine}
@@ -50,6 +53,7 @@ def local_ray():
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
+    os.chdir(here)
 
 
 class Killed(Predictor):
