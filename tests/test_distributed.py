@@ -92,6 +92,7 @@ def test_torchrun_with_two_processes_gives_what_one_does(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
     )
+    torch.set_num_threads(1)  # as they do
     shares = [loaders(rank, 2) for rank in range(2)]
     fitted_on, held_out = ([*one, *other] for one, other in zip(*shares, strict=True))
     for name, alone in (

@@ -251,7 +251,7 @@ def test_exits_of_a_finished_network():
     untrained = float(ee.record(test, progress=False).accuracy[0])
     eenets.train(ee, fit, epochs=12, joint=False, lr=1e-2, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert float(ee.record(test, progress=False).accuracy[0]) > untrained + 0.6
+    assert float(ee.record(test, progress=False).accuracy[0]) > untrained + 0.4
 
 
 def test_two_processes_may_leave_the_gates_for_later(tmp_path):

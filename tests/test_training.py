@@ -388,6 +388,7 @@ def test_two_processes_train_as_one(tmp_path):
     for part in (0, 1):
         learned = {name: value for name, value in ends[0][part].items() if "running" not in name}
         assert all(same_bits(value, ends[1][part][name]) for name, value in learned.items())
+    torch.set_num_threads(1)  # as they do
     alone = network()
     train(alone, training.cache(alone, digits()[0], batch_size=60, progress=False), epochs=2)
     for name, value in alone.heads.state_dict().items():

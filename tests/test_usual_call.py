@@ -726,7 +726,7 @@ def test_eight_threads(op):
 def python(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-W", "ignore", *map(str, arguments)],
-        env=os.environ | environment,
+        env=os.environ | {"PYTEST_ADDOPTS": ""} | environment,  # with its -q, -q would print no count
         cwd=HERE,
         capture_output=True,
         text=True,
