@@ -52,7 +52,6 @@ class Found(NamedTuple):
     seconds: float  # of training, all cores
     parameters: int  # that the exits add
     exits: int
-    note: str = ""
 
 
 class Bench:
@@ -497,6 +496,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for budget in options.budgets if method.trained else ["-"]:
             kept = options.work / f"row {name} {budget}.json"
             if not kept.exists():
+                if options.finished:
+                    continue
                 found = method.run(bench, budget)
                 row = {
                     "method": name,
@@ -505,7 +506,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     "seconds": found.seconds,
                     "parameters": found.parameters,
                     "exits": found.exits,
-                    "note": found.note,
+                    "mirrored": options.mirror and method.trained,
                 }
                 partial = kept.with_suffix(".partial")
                 partial.write_text(json.dumps(row))
@@ -543,6 +544,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=families, choices=families, help="default: all")
     parser.add_argument("--exits", type=float, nargs="+", default=sdn.FRACTIONS, help="where learned exits stand")
     parser.add_argument("--budgets", nargs="+", default=["one", "six", "long"], choices=["one", "six", "long"])
+    parser.add_argument("--finished", action="store_true", help="only the rows that --work holds already")
     parser.add_argument("--long", type=int, help="epochs of the budget 'long' (default: each method's own)")
     parser.add_argument("--held-out", type=int, default=5000, help="training images for thresholds (default: 5000)")
     parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="images must not be mirrored, shifted")
