@@ -437,13 +437,14 @@ def branches(bench: Bench, budget: str) -> Found:
 
 
 def sdn_paced(bench: Bench, budget: str, order: str) -> Found:
-    """The exits alone; the difficulty is the network's own loss."""
+    """The exits alone; the difficulty is the network's own loss, which needs no run of it: its logits are kept."""
     name = f"sdn-{order}-{budget}"
 
     def make() -> tuple[e2cm.EarlyExit, float]:
         ee = sdn.build(bench.model, bench.example, exits=bench.options.exits)
         features, seconds = bench.features(ee, "sdn")
-        difficulty = curriculum.loss_of(bench.model, bench.fit)
+        own_logits, labels = features.features[-1][: features.count], features.labels[: features.count]
+        difficulty = torch.nn.functional.cross_entropy(own_logits.double(), labels, reduction="none")
         loader = curriculum.paced(features, difficulty, bench.options.batch, order=order)
         epochs, checkpoint = bench.epochs(budget, FROZEN_LONG), bench.work / f"{name}.checkpoint"
         return ee, seconds + seconds_of(lambda: sdn.train(ee, loader, epochs=epochs, checkpoint=checkpoint))
