@@ -360,6 +360,11 @@ class EarlyExit(nn.Module):
         `e2cm_ext.selection`; what was found is in `selection` of the new network, to be printed. As with `at_exits`,
         this one stays as it is. Take samples that the heads were not fitted on.
         """
+        if self.combination is not None:
+            raise ValueError(
+                f"the exits of this network answer together ({self.combination.name}), and what fewer of them would "
+                "answer no record says: name the exits to at_exits() and calibrate what it returns"
+            )
         record = loader if isinstance(loader, Record) else self.record(loader, progress)
         self._refuse_foreign(record)
         found = selection.select(record, count, flops=flops, progress=progress)

@@ -277,6 +277,8 @@ def test_errors():
             aep.prune(ee, record, drop)
     with pytest.raises(ValueError, match="holds no samples"):
         aep.prune(ee, record.part([]))
+    with pytest.raises(ValueError, match=r"answer together \(aep\).*at_exits"):
+        ee.select(record, 2)
     other = aep.build(by_hand(), images(1))
     with pytest.raises(ValueError, match="another network"):
         aep.prune(other, record)
