@@ -68,6 +68,7 @@ class Bench:
         )
         self.test = self._images("test")
         self.example = next(iter(self.test))[0][:1]
+        self.precision = torch.bfloat16 if options.bfloat16 else None
 
     def network(self) -> torch.nn.Module:
         """A new one, as it was trained: for methods that change it."""
@@ -400,7 +401,8 @@ def learned(
 
     def taught(ee: e2cm.EarlyExit, loader: Any) -> float:
         checkpoint = bench.work / f"{unique}.checkpoint"
-        return seconds_of(lambda: train(ee, loader, epochs=epochs, joint=joint, checkpoint=checkpoint))
+        how = {"epochs": epochs, "joint": joint, "checkpoint": checkpoint}
+        return seconds_of(lambda: train(ee, loader, **how, precision=bench.precision if joint else None))
 
     def make() -> tuple[e2cm.EarlyExit, float]:
         ee = build(bench.model)
@@ -423,7 +425,8 @@ LR_OF_TRAINED = 0.01  # ours: the network is not trained from scratch, for which
 def jointly(bench: Bench, budget: str, name: str, build: Any, train: Callable[..., Any], curve: Curve) -> Found:
     ee = build(bench.network(), bench.example)
     epochs, checkpoint = bench.epochs(budget, 100), bench.work / f"{name}-{budget}.checkpoint"
-    seconds = seconds_of(lambda: train(ee, bench.augmented(), epochs=epochs, lr=LR_OF_TRAINED, checkpoint=checkpoint))
+    how = {"epochs": epochs, "lr": LR_OF_TRAINED, "checkpoint": checkpoint, "precision": bench.precision}
+    seconds = seconds_of(lambda: train(ee, bench.augmented(), **how))
     return Found(bench.judge(ee, f"{name}-{budget}", curve), seconds, parameters(ee), len(ee.heads))
 
 
@@ -508,6 +511,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     "parameters": found.parameters,
                     "exits": found.exits,
                     "mirrored": options.mirror and method.trained,
+                    "bfloat16": options.bfloat16 and method.family.endswith(", joint"),
                 }
                 partial = kept.with_suffix(".partial")
                 partial.write_text(json.dumps(row))
@@ -548,6 +552,7 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="only the rows that --work holds already")
     parser.add_argument("--long", type=int, help="epochs of the budget 'long' (default: each method's own)")
     parser.add_argument("--held-out", type=int, default=5000, help="training images for thresholds (default: 5000)")
+    parser.add_argument("--bfloat16", action="store_true", help="forward passes of joint trainings, by autocast")
     parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="images must not be mirrored, shifted")
     options = parser.parse_args()
     result = measure(options)
