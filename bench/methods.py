@@ -547,7 +547,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder for features, checkpoints and rows")
     families = sorted({method.family for method in METHODS.values()})
     parser.add_argument("--methods", nargs="+", default=families, choices=families, help="default: all")
-    parser.add_argument("--exits", type=float, nargs="+", default=sdn.FRACTIONS, help="where learned exits stand")
+    parser.add_argument(
+        "--exits",
+        nargs="+",
+        default=sdn.FRACTIONS,
+        type=lambda text: text if text == "blocks" else float(text),
+        help="where learned exits stand: fractions of the FLOPs, or the word blocks",
+    )
     parser.add_argument("--budgets", nargs="+", default=["one", "six", "long"], choices=["one", "six", "long"])
     parser.add_argument("--finished", action="store_true", help="only the rows that --work holds already")
     parser.add_argument("--long", type=int, help="epochs of the budget 'long' (default: each method's own)")
@@ -555,6 +561,7 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="forward passes of joint trainings, by autocast")
     parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="images must not be mirrored, shifted")
     options = parser.parse_args()
+    options.exits = "blocks" if options.exits == ["blocks"] else options.exits
     result = measure(options)
     print(HEADER, *map(line, result["rows"]), sep="\n")
     if options.json:
