@@ -15,9 +15,10 @@ the accuracy measured is within .001 of the network's.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
-import runpy
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -35,7 +36,12 @@ T = TypeVar("T")
 
 
 def network(path: Path, call: str) -> torch.nn.Module:
-    made = eval(call, runpy.run_path(str(path)))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # torch.compile imports what a forward() uses by the name of its module
+    spec.loader.exec_module(module)
+    made = eval(call, vars(module))
     return made[0] if isinstance(made, tuple) else made
 
 

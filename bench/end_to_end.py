@@ -29,6 +29,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ from torch import Tensor, nn
 
 import e2cm_ext as e2cm
 from e2cm_ext.compiled import Compiled
+from e2cm_ext.turns import in_turns, ratio
+from e2cm_ext.whitened import WhitenedMeans
 
 BUDGETS = (0.3, 0.5, 0.7)
 SIZES = (1, 8, 32, 128, 256)
@@ -166,7 +169,11 @@ class Plain:
 
 
 def in_torch(head: nn.Module, x: Tensor) -> Tensor:
-    return nn.functional.linear(by_torch(x, head.statistics), head.weight, head.bias).log_softmax(1)
+    wanted = getattr(head, "statistics", None)
+    seen = x.flatten(1) if wanted is None else by_torch(x, wanted)
+    if isinstance(head, WhitenedMeans):
+        return nn.functional.linear(seen, head.weight, head.bias).log_softmax(1)
+    return (-torch.cdist(seen, head.means.flatten(1)) / head.scale).log_softmax(1)
 
 
 def ours(head: nn.Module, x: Tensor) -> Tensor:
@@ -215,23 +222,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def in_turns(ways: dict[str, Way], batches: Sequence[Tensor], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds [rounds, batches] of each way, after a round that does not count."""
-    seconds: dict[str, list[Sequence[float]]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            took = way(batches)
-            if number:
-                seconds[name].append(took)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
-def ratio(ours: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Of neighbours in time, so that a machine that changes its speed changes both."""
-    low, middle, high = np.percentile(ours.sum(1) / base.sum(1), [10, 50, 90])
-    return {"median": float(middle), "p10": float(low), "p90": float(high)}
 
 
 def peak(work: Callable[[], Any], device: torch.device) -> float | None:
@@ -313,21 +303,37 @@ def measure(subject: Subject, options: argparse.Namespace) -> list[dict[str, Any
         }  # who leaves where differs from image to image
         some = {name: way for name, way in ways.items() if not (size == 1 and name == "earlyon, batches")}
         with torch.inference_mode():
-            seconds = in_turns(some, batches, options.rounds)
+            seconds, each = taken(some, batches, options.rounds, device)
             most = {name: peak(partial(way, batches), device) for name, way in some.items()}
-        for name, took in seconds.items():
+        for name, took in each.items():
             p50, p95, p99 = (1e3 * np.percentile(took, [50, 95, 99])).tolist()
             facts = about[name]
             if "asked" in facts:
                 facts["flops"] = flops[facts["exits"], facts["asked"]]
             rows.append(
                 {"network": subject.name, "size": size, "way": name, **facts}
-                | {"time": ratio(took, seconds["the network"]), "time, large": ratio(took, seconds[in_large])}
-                | {"images/s": len(images) / float(np.median(took.sum(1))), "peak MiB": most[name]}
+                | {
+                    "time": asdict(ratio(seconds[name], seconds["the network"])),
+                    "time, large": asdict(ratio(seconds[name], seconds[in_large])),
+                }
+                | {"images/s": len(images) / float(seconds[name].median()), "peak MiB": most[name]}
                 | ({} if took.shape[1] < len(batches) else {"ms per batch": {"p50": p50, "p95": p95, "p99": p99}})
             )
             print(line(rows[-1]), flush=True)
     return rows
+
+
+def taken(
+    ways: dict[str, Way], batches: Sequence[Tensor], rounds: int, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """Seconds of each way [rounds], and of its batches, or of all of them together [rounds, batches]."""
+    each: dict[str, list[Sequence[float]]] = {name: [] for name in ways}
+
+    def turn(name: str) -> None:
+        each[name].append(ways[name](batches))
+
+    seconds = in_turns({name: partial(turn, name) for name in ways}, rounds, device=device)
+    return seconds, {name: np.array(found[1:]) for name, found in each.items()}  # the first round does not count
 
 
 def _instead(way: Way, batches: Sequence[Tensor], _: Sequence[Tensor]) -> Sequence[float]:

@@ -135,8 +135,7 @@ class Cascade:
         out, ids = self._out, self._ids
         if out is None or ids is None:
             rows, device = x.shape[0], x.device
-            room = rows if self._compaction is None or rows < 2 else 2 * rows
-            out = self._out = Decisions.empty(room, self._num_classes, device)
+            out = self._out = Decisions.empty(rows, self._num_classes, device)
             ids = self._ids = self._targets = torch.arange(rows, device=device)
             self._rows = self._left = rows
         if self._combination is not None:
@@ -195,8 +194,16 @@ class Cascade:
             self._ids = self._targets = ids[kept]
         else:
             self._paid += self._compaction.carrying(number, until, rows, left)
+            self._make_room_for_carried(out)
             self._targets = torch.where(stays, ids, ids + self._rows)
         return x
+
+    def _make_room_for_carried(self, out: Decisions) -> None:
+        """Most batches carry nobody: they are spared the second half, and the copy of the first in the end."""
+        if out.exit.shape[0] > self._rows:
+            return
+        self._out = Decisions.empty(2 * self._rows, self._num_classes, out.exit.device)
+        write(self._out, slice(self._rows), out)
 
     def finish(self, logits: Tensor) -> None:
         """The network's own answer to the samples that are left, under the next exit's number."""

@@ -261,7 +261,9 @@ class Part(nn.Module):
         self._compile()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(self, x)
+        if torch.compiler.is_compiling():
+            return self._run(self, x)  # a compiler wants to see whose modules these are
+        return self._run_bound(self, x)
 
     def owners(self) -> dict[str, nn.Module]:
         """Which module holds what the steps use."""
@@ -277,9 +279,27 @@ class Part(nn.Module):
         scope = dict(code.globals)
         exec(compile(code.src, name, "exec"), scope)
         self._run: Callable[[Part, Tensor], Tensor] = scope["forward"]
+        self._run_bound = self._bound(name)
 
-    def replay(self, graph: fx.Graph, x: fx.Node) -> fx.Node:
-        """Appends the steps to a graph; returns the value they end in."""
+    def _bound(self, name: str) -> Callable[[Part, Tensor], Tensor]:
+        """The same code, with modules looked up where they are held: a path of attributes, "layer1.0.conv1", takes as
+        long as some of the modules that it leads to. Looked up at every call, since they may be exchanged."""
+        numbers = {step.target: j for j, step in enumerate(self._steps) if step.op == "call_module"}
+        graph = fx.Graph()
+        graph.output(self.replay(graph, graph.placeholder("x"), {target: f"held{j}" for target, j in numbers.items()}))
+        code = graph.python_code("self")
+        scope = dict(code.globals)
+        lines = code.src
+        for target, j in numbers.items():
+            path, _, last = target.rpartition(".")
+            scope[f"held{j}"] = self.get_submodule(path)._modules
+            lines = lines.replace(f"self.held{j}(", f"held{j}[{last!r}](")
+        exec(compile(lines, name, "exec"), scope)
+        run: Callable[[Part, Tensor], Tensor] = scope["forward"]
+        return run
+
+    def replay(self, graph: fx.Graph, x: fx.Node, renamed: Mapping[str, str] | None = None) -> fx.Node:
+        """Appends the steps to a graph; returns the value they end in. renamed: targets that get other names."""
         values = {self._steps[0].name: x}
 
         def value(a: Any) -> Any:
@@ -288,13 +308,14 @@ class Part(nn.Module):
         *steps, output = self._steps[1:]
         for step in steps:
             args, kwargs = map_aggregate((step.args, step.kwargs), value)
-            values[step.name] = graph.create_node(step.op, step.target, args, kwargs, step.name)
+            target = renamed.get(step.target, step.target) if renamed else step.target
+            values[step.name] = graph.create_node(step.op, target, args, kwargs, step.name)
         end: fx.Node = value(output.args[0])
         return end
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for made_anew in ("_run", "_compiled_call_impl"):
+        for made_anew in ("_run", "_run_bound", "_compiled_call_impl"):
             state.pop(made_anew, None)
         return state
 
