@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["WhitenedMeans", "by_chance", "oas", "statistics_of", "suits"]
 
 _MANY = 4096  # statistics: the time of a fit grows with their cube, its memory with their square
-_ROWS = 512  # samples whose products are summed in float32 before the sums go into doubles
-_COLUMNS = 256  # of the scatter matrix at a time: half of it is the other half's mirror image, and left out
+_ROWS = 512  # samples whose products are summed up at a time
+_COLUMNS = 128  # of the scatter matrix at a time: half of it is the other half's mirror image, and left out
 _BLUR = 1e-5  # of a statistic's variance over all samples: so much is added to the one within the classes
 _MOST = 0.9  # that means are pulled: they should not become one
 _NATS = 16  # log-odds beyond which a float32 confidence is 1
@@ -263,8 +263,8 @@ def _fold(
     shrinkage: float | None,
     pull: float | None,
 ) -> _Folded:
-    # Sums of products in float32 are off by so much that variances within the classes may be negative, and correlations
-    # of what hardly varies there anything: a little more variance hides that, and there is always an inverse.
+    # Statistics are rounded to float32, so that correlations of what hardly varies within the classes may be anything: a
+    # little more variance hides that, and there is always an inverse.
     covariance.diagonal().add_(_BLUR * spread.square())
     scale = covariance.diagonal().sqrt().where(spread > 0, math.inf)  # what never varies gets no weight
     correlations = covariance.div_(scale[:, None]).div_(scale)
@@ -302,7 +302,7 @@ class _Scatter:
 
     def add(self, rows: Tensor, labels: Tensor) -> None:
         # A copy of labels: whoever made them may write into them before they are looked at.
-        self._waiting.append((rows - self.origin.float(), labels.clone()))
+        self._waiting.append((rows, labels.clone()))
         if sum(len(labels) for _, labels in self._waiting) >= _ROWS:
             self.settle()
 
@@ -312,11 +312,16 @@ class _Scatter:
             return
         rows, labels = (torch.cat(column) for column in zip(*self._waiting, strict=True))
         self._waiting = []
-        self.sums.index_add_(0, labels, rows.double())
         self.counts += labels.bincount(minlength=len(self.counts))
-        for some in torch.split(rows, _ROWS):
+        # In double throughout: an inverse magnifies what is lost in float32 a thousand times, and what one process
+        # makes of all samples would not be what several make of their parts. Not so the products on a GPU: on many
+        # they would take 64 times as long.
+        for some, classes in zip(rows.split(_ROWS), labels.split(_ROWS), strict=True):
+            apart = some.double() - self.origin
+            self.sums.index_add_(0, classes, apart)
+            factors = apart if apart.is_cpu else apart.float()
             for first, strip in zip(self.firsts, self.strips, strict=True):
-                strip += some[:, first : first + _COLUMNS].T @ some[:, first:]
+                strip += factors[:, first : first + _COLUMNS].T @ factors[:, first:]
 
     def move(self, origin: Tensor) -> None:
         """As if that had been the origin."""
