@@ -45,13 +45,13 @@ def run(package: Path, images: np.ndarray, options: argparse.Namespace) -> dict[
         for (status, answer), prediction in zip(replies, expected.prediction, strict=True)
     )
     said = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
-    p50, p99 = np.percentile(seconds, [50, 99])
+    p50, p99 = map(float, np.percentile(seconds, [50, 99]))
     return {
         "p50 ms": p50 * 1e3,
         "p99 ms": p99 * 1e3,
         "requests per second": len(images) / took,
         "mean batch": float(said["e2cm_batch_size_sum"]) / float(said["e2cm_batch_size_count"]),
-        "answers that differ from offline": wrong,
+        "answers that differ from offline": int(wrong),
     }
 
 

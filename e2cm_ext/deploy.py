@@ -103,7 +103,9 @@ class TorchCascade:
         x, ids = images, torch.arange(len(images), device=images.device)
         limits = [*self._thresholds.tolist(), -math.inf]
         for stage, program, limit in zip(self._package.stages, self._programs, limits, strict=True):
-            x, certainty, prediction, log_probs = program(x)
+            x, certainty, log_probs = program(x)
+            # Of the network itself by its logits: rounding can make equal in log_probs what is not.
+            prediction = (x if stage is self._package.stages[-1] else log_probs).argmax(1)
             confidence = log_probs.amax(1).exp()
             answers = Decisions(prediction, confidence, torch.full_like(prediction, stage.exit), log_probs)
             if stage is self._package.stages[-1]:

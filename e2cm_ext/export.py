@@ -27,8 +27,9 @@ from tqdm.auto import tqdm
 
 from . import files
 from ._native import build_info
-from .exportable import Answer
-from .runner import FORMAT, KIND, MANIFEST
+from .blocked import keep_blocked
+from .exportable import Answer, never_negative
+from .runner import FORMAT, KIND, MANIFEST, OUTPUTS
 
 if TYPE_CHECKING:
     from .early_exit import EarlyExit
@@ -37,7 +38,6 @@ __all__ = ["Format", "export"]
 
 Format = Literal["onnx", "torch", "aoti"]
 _ENDINGS = {"onnx": "onnx", "torch": "pt2", "aoti": "pt2"}
-_NAMES = ("features", "certainty", "prediction", "log_probs")
 _MOST = 2 << 30  # bytes, in a message of protobuf
 
 
@@ -64,13 +64,16 @@ def export(
     x = torch.zeros(2, *ee._image_shape, dtype=dtype if ee._image_dtype.is_floating_point else ee._image_dtype)
     x = x.to(ee.thresholds.device)
     image_dtype = str(x.dtype).removeprefix("torch.")
-    legs = list(_legs(ee, limits))
-    for number, (exit, leg) in enumerate(tqdm(legs, desc="export", unit="stage", disable=not progress, leave=False)):
+    legs, heads = list(_legs(ee, limits)), list(ee._heads())
+    for number, (exit, parts) in enumerate(tqdm(legs, desc="export", unit="stage", disable=not progress, leave=False)):
         name = f"stage-{number:03d}.{_ENDINGS[format]}"
         last = exit == len(limits)
+        head = None if last else heads[exit]
         with torch.no_grad(), _quietly():
+            features, nonnegative = never_negative(parts, x.clone())
+            leg = Answer(parts, head, ee.rule, nonnegative).to(x.device)
             programs[name] = _program(write, leg, x, name if last else f"{name}, with exit {ee.exit_names[exit]!r}")
-            x = leg(x)[0].clone()
+            x = features.clone()
         stages.append(
             {
                 "file": name,
@@ -99,16 +102,16 @@ def export(
     return manifest
 
 
-def _legs(ee: EarlyExit, limits: Sequence[float]) -> Iterator[tuple[int, Answer]]:
-    """What is run in one go: the stages up to the next exit that can fire, and that exit, whose number comes first."""
+def _legs(ee: EarlyExit, limits: Sequence[float]) -> Iterator[tuple[int, list[nn.Module]]]:
+    """What is run in one go: the stages up to the next exit that can fire, whose number comes first."""
     together: list[nn.Module] = []
     *early, last = ee.stages
-    for number, (stage, head, limit) in enumerate(zip(early, ee._heads(), limits, strict=True)):
+    for number, (stage, limit) in enumerate(zip(early, limits, strict=True)):
         together.append(stage)
         if limit < math.inf:
-            yield number, Answer(together, head, ee.rule).to(ee.thresholds.device)
+            yield number, together
             together = []
-    yield len(limits), Answer([*together, last], None, ee.rule)
+    yield len(limits), [*together, last]
 
 
 def _program(write: Callable[..., bytes], leg: Answer, x: Tensor, what: str) -> bytes:
@@ -137,10 +140,11 @@ def _writer(format: Format) -> Callable[[torch.export.ExportedProgram, Tensor], 
 
 def _onnx_program(exported: torch.export.ExportedProgram, x: Tensor) -> bytes:
     program = torch.onnx.export(
-        exported, (x,), dynamo=True, input_names=["x"], output_names=list(_NAMES), verbose=False
+        exported, (x,), dynamo=True, input_names=["x"], output_names=list(OUTPUTS), verbose=False
     )
     assert program is not None
     model = program.model_proto
+    keep_blocked(model.graph)
     if (size := model.ByteSize()) >= _MOST:
         raise ValueError(f"its weights take {size} bytes, and an ONNX file holds {_MOST}: put an exit in between")
     contents: bytes = model.SerializeToString()

@@ -7,44 +7,47 @@ are pooled, products of channels come from one matrix product, and so do distanc
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .heads import ClassMeans, Head, WhitenedMeans
 from .rules import Confidence, Rule
 from .statistics import Statistics
 
-__all__ = ["Answer", "Features", "logits_of"]
+__all__ = ["Answer", "Features", "logits_of", "never_negative"]
 
 _DENSE = 16  # so many more channels than offsets, and most of the products of all pairs of them are not wanted
+_RELUS = (torch.ops.aten.relu, torch.ops.aten.relu_)
 
 
 class Answer(nn.Module):
-    """What a stage and the exit behind it make of a batch: features, certainty [B], prediction [B], log_probs [B, K].
+    """What a stage and the exit behind it make of a batch: features, certainty [B], log_probs [B, K].
 
-    Certainty is that of the rule, and NaN for a sample with a NaN or an infinity in its features. Without a head: the
-    network's own answer, whose features are its logits.
+    Certainty is that of the rule, and NaN for a sample with a NaN or an infinity in its features. (Of runtimes whose
+    maxima pass over NaN: or no log-probability of such a sample is finite.) Without a head: the network's own answer,
+    whose features are its logits.
+
+    nonnegative: whether no number of the features can be below 0, which makes heads cheaper; see never_negative.
     """
 
-    def __init__(self, stages: list[nn.Module], head: Head | None, rule: Rule) -> None:
+    def __init__(self, stages: list[nn.Module], head: Head | None, rule: Rule, nonnegative: bool = False) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
-        self.logits = None if head is None else logits_of(head)
+        self.logits = None if head is None else logits_of(head, nonnegative)
         self.rule = rule
         self.eval()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for stage in self.stages:
             x = stage(x)
-        if self.logits is None:
-            log_probs = x.log_softmax(1).float()
-            # Of the logits: rounding can make equal in log_probs what is not.
-            return x, self._certainty(log_probs), x.argmax(1), log_probs
-        logits, sound = self.logits(x)
+        logits, sound = (x, None) if self.logits is None else self.logits(x)
         log_probs = logits.log_softmax(1).float()
-        return x, self._certainty(log_probs) + sound, log_probs.argmax(1), log_probs
+        certainty = self._certainty(log_probs)
+        return x, certainty if sound is None else certainty + sound, log_probs
 
     def _certainty(self, log_probs: Tensor) -> Tensor:
         if isinstance(self.rule, Confidence):
@@ -52,29 +55,61 @@ class Answer(nn.Module):
         return self.rule.certainty(log_probs)
 
 
-def logits_of(head: Head) -> nn.Module:
+def never_negative(stages: list[nn.Module], x: Tensor) -> tuple[Tensor, bool]:
+    """The features that the stages make of x, and whether the last thing that they do is a ReLU."""
+    with _Relus() as relus:
+        for stage in stages:
+            x = stage(x)
+    return x, relus.made(x)
+
+
+class _Relus(TorchDispatchMode):
+    """Remembers which tensors hold what a ReLU has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._whole: dict[int, Tensor] = {}  # by their storage, which is not used again as long as it is kept here
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            storage = result.untyped_storage()
+            if func.overloadpacket in _RELUS and storage.nbytes() == result.numel() * result.itemsize:
+                self._whole[storage.data_ptr()] = result
+            elif func._schema.is_mutable:
+                self._whole.pop(storage.data_ptr(), None)
+        return result
+
+    def made(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self._whole
+
+
+def logits_of(head: Head, nonnegative: bool = False) -> nn.Module:
     """A module that makes of features the head's logits [B, K], and 0 for every sample, or NaN for one that must not
-    leave [B]."""
+    leave [B]; None in its place if the logits of such a sample are not finite, any of them."""
     if type(head).forward is WhitenedMeans.forward and isinstance(head, WhitenedMeans):
-        return _Linear(head)
+        return _Linear(head, nonnegative)
     if type(head).forward is ClassMeans.forward and isinstance(head, ClassMeans):
         return _Means(head)
     return _Own(head)
 
 
 class _Linear(nn.Module):
-    def __init__(self, head: WhitenedMeans) -> None:
-        super().__init__()
-        self.features = Features(head.statistics, head.feature_shape)
-        self.register_buffer("weight", head.weight.T.contiguous())
-        self.register_buffer("bias", head.bias.clone())
+    """Statistics as they are cheapest to come by; what they lack to be those of the head is in the weights."""
 
-    weight: Tensor
     bias: Tensor
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.features(x)
-        return rows @ self.weight + self.bias, _sound(rows)
+    def __init__(self, head: WhitenedMeans, nonnegative: bool) -> None:
+        super().__init__()
+        self.features = Features(head.statistics, head.feature_shape, nonnegative)
+        self.weights = nn.ParameterList(nn.Parameter(w, False) for w in self.features.folded(head.weight))
+        self.register_buffer("bias", head.bias.clone())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        logits = self.bias
+        for part, weight in zip(self.features.parts(x), self.weights, strict=True):
+            logits = torch.addmm(logits, part, weight)
+        return logits, None
 
 
 class _Means(nn.Module):
@@ -127,11 +162,15 @@ def _sound(rows: Tensor) -> Tensor:
 
 
 class Features(nn.Module):
-    """reference.statistics, flattened; without statistics the features themselves, in a row."""
+    """reference.statistics, flattened; without statistics the features themselves, in a row.
+
+    parts: the statistics in pieces, or something that they are columns and multiples of, if it is cheaper. nonnegative:
+    whether no feature can be below 0.
+    """
 
     mixed: Tensor
 
-    def __init__(self, wanted: Statistics | None, shape: tuple[int, ...]) -> None:
+    def __init__(self, wanted: Statistics | None, shape: tuple[int, ...], nonnegative: bool = False) -> None:
         super().__init__()
         self.wanted = wanted
         if wanted is None:
@@ -139,16 +178,41 @@ class Features(nn.Module):
         self.map = wanted.map_of(shape)
         channels = self.map[0]
         self.dense = channels <= _DENSE * wanted.pairs
+        self.nonnegative = nonnegative
         first = torch.arange(channels)
         which = [first * channels + (first + o) % channels for o in range(wanted.pairs)]
         self.register_buffer("mixed", torch.cat(which) if which else torch.empty(0, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
+        parts = self.parts(x)
+        if self._all_pairs:
+            parts[-1] = parts[-1].index_select(1, self.mixed)
+        if self.wanted is not None and self.wanted.pairs:
+            parts[-1] = parts[-1] * self._unit
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def folded(self, weight: Tensor) -> list[Tensor]:
+        """What to multiply each of the parts with, to get statistics @ weight.T; for weight [K, d]."""
+        if self.wanted is None:
+            return [weight.T.contiguous()]
+        channels = self.map[0]
+        grids = [math.prod(grid) for grid in (self.wanted.mean, self.wanted.rms, self.wanted.max) if grid[0]]
+        *weights, pairs = weight.split([channels * cells for cells in grids] + [channels * self.wanted.pairs], 1)
+        if self.wanted.pairs:
+            pairs = pairs * self._unit
+            if self._all_pairs:
+                pairs = pairs.new_zeros(len(pairs), channels**2).index_copy_(1, self.mixed.to(pairs.device), pairs)
+            weights.append(pairs)
+        return [w.T.contiguous() for w in weights]
+
+    def parts(self, x: Tensor) -> list[Tensor]:
         wanted = self.wanted
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if wanted is None:
-            return x.flatten(1)
-        x = (x.movedim(-1, 1) if wanted.channels == -1 else x).reshape(-1, *self.map)
+            return [x.flatten(1)]
+        x = x.movedim(-1, 1) if wanted.channels == -1 else x
+        if x.shape[1:] != self.map:
+            x = x.reshape(-1, *self.map)
         parts = []
         if wanted.mean[0]:
             parts.append(_averages(x, wanted.mean))
@@ -158,20 +222,31 @@ class Features(nn.Module):
             parts.append(_maxima(x, wanted.max))
         if wanted.pairs:
             products = self._products(x)
-            parts.append(products.abs().sqrt() * products.sign())
+            parts.append(products.sqrt() if self.nonnegative else products.abs().sqrt() * products.sign())
         if not (wanted.mean[0] or wanted.rms[0] or wanted.pairs):  # a maximum would hide -inf
             parts[0] = parts[0] + (x.flatten(1).sum(1, keepdim=True) * 0)
-        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return parts
+
+    @property
+    def _all_pairs(self) -> bool:
+        """To take a root of more products than are wanted is cheaper than to pick out these."""
+        return self.wanted is not None and self.wanted.pairs > 0 and self.dense and self.nonnegative
+
+    @property
+    def _unit(self) -> float:
+        """Of roots of sums of products."""
+        _, rows, columns = self.map
+        return 1 / math.sqrt(rows * columns)
 
     def _products(self, x: Tensor) -> Tensor:
-        """[B, pairs * C]: mean products of channels c and c + o."""
-        _, rows, columns = self.map
+        """[B, pairs * C]: summed products of channels c and c + o; or [B, C * C], of all channels."""
         assert self.wanted is not None
         if self.dense:
             flat = x.flatten(2)
-            return (flat @ flat.transpose(1, 2)).flatten(1).index_select(1, self.mixed) / (rows * columns)
+            products = (flat @ flat.transpose(1, 2)).flatten(1)
+            return products if self._all_pairs else products.index_select(1, self.mixed)
         shifted = (torch.cat([x[:, o:], x[:, :o]], 1) if o else x for o in range(self.wanted.pairs))
-        return torch.cat([(x * other).mean((2, 3)) for other in shifted], 1)
+        return torch.cat([(x * other).sum((2, 3)) for other in shifted], 1)
 
 
 def _averages(maps: Tensor, grid: tuple[int, int]) -> Tensor:

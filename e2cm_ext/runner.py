@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +30,14 @@ import numpy as np
 __all__ = ["Answers", "FORMAT", "KIND", "OnnxCascade", "Package"]
 
 KIND = "e2cm_ext cascade"
-FORMAT = 1  # of packages; a change that an old reader would misunderstand makes it 2
+FORMAT = 2  # of packages; a change that an old reader would misunderstand makes it 3
 MANIFEST = "manifest.json"
+OUTPUTS = ("features", "certainty", "log_probs")  # of a stage's program; its input is "x"
+
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64",
+          "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(uint8)": "uint8"}  # fmt: skip
+_STEPS = 1000  # that are kept ready: some kilobytes each
+_LINE = 64  # bytes
 
 
 class Answers(NamedTuple):
@@ -78,6 +86,8 @@ class Package:
 
     def checked(self, shape: Sequence[int], dtype: str) -> None:
         """Whether images of this shape and dtype are those that the network wants."""
+        if tuple(shape[1:]) == self.image_shape and dtype == self.image_dtype:
+            return
         wanted = ", ".join(map(str, ("batch", *self.image_shape)))
         if tuple(shape[1:]) != self.image_shape or len(shape) != len(self.image_shape) + 1:
             hint = ": is it one image without a batch? images[None]" if tuple(shape) == self.image_shape else ""
@@ -114,7 +124,8 @@ class OnnxCascade:
         self.manifest, self.exit_names = package.manifest, package.exit_names
         self._package = package
         self._thresholds = np.array([stage.threshold for stage in package.stages[:-1]], np.float32)
-        self._sessions = []
+        self._sessions: list[Any] = []
+        self._lanes: list[_Lane] = []  # that nobody is using
         for stage in package.stages:
             try:
                 session = ort.InferenceSession(package.programs[stage.file], options, providers=list(providers))
@@ -172,39 +183,131 @@ class OnnxCascade:
         if not isinstance(images, np.ndarray):
             raise TypeError(f"`images` is a {type(images).__name__}; wanted a numpy array")
         self._package.checked(images.shape, str(images.dtype))
-        count = len(images)
+        count, classes = len(images), self.num_classes
         answers = Answers(
-            np.full(count, -1, np.int64),
-            np.full(count, np.nan, np.float32),
-            np.full(count, -1, np.int64),
-            np.full((count, self.num_classes), np.nan, np.float32),
+            np.empty(count, np.int64),
+            np.empty(count, np.float32),
+            np.empty(count, np.int64),
+            np.empty((count, classes), np.float32),
         )
         if count:
-            self._run(images, answers)
+            try:
+                lane = self._lanes.pop()
+            except IndexError:
+                lane = _Lane(self._package, self._sessions)
+            lane.run(images, self._thresholds, answers)
+            self._lanes.append(lane)  # not after an error
         return answers
 
-    def _run(self, x: np.ndarray[Any, Any], answers: Answers) -> None:
-        ids = np.arange(len(x))
+
+class _Step(NamedTuple):
+    """A stage on a number of samples, between two pieces of memory."""
+
+    run: Callable[[], None]
+    x: Any  # what it reads and what it writes, as arrays
+    features: Any
+    certainty: Any
+    log_probs: Any
+
+
+class _Lane:
+    """Memory that one batch at a time goes through the stages in.
+
+    Features go to and fro between two spaces, so that they are in the cache when the next stage reads them; what is
+    written where is told to onnxruntime once for each stage and number of samples.
+    """
+
+    def __init__(self, package: Package, sessions: Sequence[Any]) -> None:
+        self._stages, self._sessions = package.stages, sessions
+        self._classes = package.num_classes
+        image = (package.image_shape, np.dtype(package.image_dtype))
+        features = [
+            (stage.shape, np.dtype(_TYPES[session.get_outputs()[0].type]))
+            for stage, session in zip(package.stages, sessions, strict=True)
+        ]
+        self._maps = [image, *features]
+        self._floats = image[1].kind == "f"
+        self._steps: dict[tuple[int, int, int], _Step] = {}
+        self._spaces: tuple[Any, Any] = (None, None)
+        self._room = 0  # samples in each of them
+
+    def run(self, images: Any, thresholds: Any, answers: Answers) -> None:
+        count, here = len(images), 0
+        if count > self._room:
+            self._make_room(count)
+        ids = np.arange(count)
         # ReLU may make a number of a NaN, and nobody would notice; not so here.
-        sound = np.isfinite(x.reshape(len(x), -1).sum(1, dtype=np.float64))
-        limits = [*self._thresholds, None]
-        for stage, session, limit in zip(self._package.stages, self._sessions, limits, strict=True):
-            x, certainty, prediction, log_probs = session.run(None, {"x": x})
-            if limit is None:
-                _write(answers, ids, prediction, log_probs, stage.exit)
+        sound = np.isfinite(images).reshape(count, -1).all(1) if self._floats else np.ones(count, bool)
+        step = self._step(0, count, here)
+        step.x[...] = images
+        for i, limit in enumerate(thresholds):
+            step = self._step(i, count, here)
+            step.run()
+            here = 1 - here
+            leaving = step.certainty > limit
+            if not leaving.any():
+                continue
+            log_probs = step.log_probs
+            leaving &= sound
+            leaving &= np.isfinite(log_probs).any(1)  # certainty may be a number though features are not
+            leavers = leaving.nonzero()[0]
+            if len(leavers) == 0:
+                continue
+            if len(leavers) == count:
+                _write(answers, ids, log_probs, log_probs, self._stages[i].exit)
                 return
-            leaving = (certainty > limit) & sound
-            if leaving.all():
-                _write(answers, ids, prediction, log_probs, stage.exit)
-                return
-            if leaving.any():
-                _write(answers, ids[leaving], prediction[leaving], log_probs[leaving], stage.exit)
-                staying = ~leaving
-                x, ids, sound = x[staying], ids[staying], sound[staying]
+            some = log_probs[leavers]
+            _write(answers, ids[leavers], some, some, self._stages[i].exit)
+            stayers = (~leaving).nonzero()[0]
+            ids, sound, count = ids[stayers], sound[stayers], len(stayers)
+            here = 1 - here
+            step.features.take(stayers, 0, self._step(i + 1, count, here).x, "clip")
+        step = self._step(len(thresholds), count, here)
+        step.run()
+        # By the logits: rounding can make equal in log_probs what is not.
+        _write(answers, ids, step.log_probs, step.features, self._stages[-1].exit)
+
+    def _step(self, stage: int, count: int, here: int) -> _Step:
+        key = stage, count, here
+        step = self._steps.get(key)
+        if step is None:
+            if len(self._steps) >= _STEPS:
+                self._steps.clear()
+            step = self._steps[key] = self._bound(stage, count, here)
+        return step
+
+    def _bound(self, stage: int, count: int, here: int) -> _Step:
+        session = self._sessions[stage]
+        arrays = [
+            space[: count * np.dtype(dtype).itemsize * math.prod(shape)].view(dtype).reshape(count, *shape)
+            for space, (shape, dtype) in zip(
+                (self._spaces[here], self._spaces[1 - here]), self._maps[stage : stage + 2], strict=True
+            )
+        ]
+        arrays += [np.empty(count, np.float32), np.empty((count, self._classes), np.float32)]
+        binding = session.io_binding()
+        for bind, name, array in zip(
+            (binding.bind_input, *[binding.bind_output] * 3), ("x", *OUTPUTS), arrays, strict=True
+        ):
+            bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return _Step(partial(session.run_with_iobinding, binding), *arrays)
+
+    def _make_room(self, count: int) -> None:
+        self._steps.clear()
+        size = count * max(dtype.itemsize * math.prod(shape) for shape, dtype in self._maps)
+        self._spaces = _aligned(size), _aligned(size)
+        self._room = count
 
 
-def _write(answers: Answers, ids: Any, prediction: Any, log_probs: Any, exit: int) -> None:
-    answers.prediction[ids] = prediction
+def _aligned(size: int) -> Any:
+    """So many bytes, from the beginning of a line of the cache on."""
+    space = np.empty(size + _LINE, np.uint8)
+    first = -space.ctypes.data % _LINE
+    return space[first : first + size]
+
+
+def _write(answers: Answers, ids: Any, log_probs: Any, scores: Any, exit: int) -> None:
+    answers.prediction[ids] = scores.argmax(1)
     answers.confidence[ids] = np.exp(log_probs.max(1))
     answers.exit[ids] = exit
     answers.log_probs[ids] = log_probs

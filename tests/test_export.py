@@ -397,7 +397,7 @@ def packed_anew(source, target, change=lambda manifest, files: None, seal=True):
         (lambda m, f: f.pop("stage-001.pt2"), "does not hold just what manifest.json says: stage-001.pt2"),
         (lambda m, f: f.update({"more": b""}), "does not hold just what manifest.json says: more"),
         (lambda m, f: m.update(kind="other"), "its manifest.json is somebody else's"),
-        (lambda m, f: m.update(format=2), r"has format 2 \(written by e2cm_ext .*\); this runner reads format 1"),
+        (lambda m, f: m.update(format=1), r"has format 1 \(written by e2cm_ext .*\); this runner reads format 2"),
         (lambda m, f: m.pop("stages"), "its manifest lacks something: KeyError"),
         (lambda m, f: m["stages"][0].pop("threshold"), "its manifest lacks something: KeyError"),
     ],
