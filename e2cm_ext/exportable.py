@@ -63,11 +63,11 @@ def never_negative(stages: list[nn.Module], x: Tensor) -> tuple[Tensor, bool]:
     return x, relus.made(x)
 
 
-class _Relus(TorchDispatchMode):
+class _Relus(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers which tensors hold what a ReLU has made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._whole: dict[int, Tensor] = {}  # by their storage, which is not used again as long as it is kept here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -197,7 +197,8 @@ class Features(nn.Module):
             return [weight.T.contiguous()]
         channels = self.map[0]
         grids = [math.prod(grid) for grid in (self.wanted.mean, self.wanted.rms, self.wanted.max) if grid[0]]
-        *weights, pairs = weight.split([channels * cells for cells in grids] + [channels * self.wanted.pairs], 1)
+        sizes = [*(channels * cells for cells in grids), channels * self.wanted.pairs]
+        *weights, pairs = torch.split(weight, sizes, 1)
         if self.wanted.pairs:
             pairs = pairs * self._unit
             if self._all_pairs:

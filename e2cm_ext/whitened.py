@@ -263,7 +263,7 @@ def _fold(
     shrinkage: float | None,
     pull: float | None,
 ) -> _Folded:
-    # Statistics are rounded to float32, so that correlations of what hardly varies within the classes may be anything: a
+    # Statistics are rounded to float32, so correlations of what hardly varies within the classes may be anything: a
     # little more variance hides that, and there is always an inverse.
     covariance.diagonal().add_(_BLUR * spread.square())
     scale = covariance.diagonal().sqrt().where(spread > 0, math.inf)  # what never varies gets no weight
@@ -316,7 +316,7 @@ class _Scatter:
         # In double throughout: an inverse magnifies what is lost in float32 a thousand times, and what one process
         # makes of all samples would not be what several make of their parts. Not so the products on a GPU: on many
         # they would take 64 times as long.
-        for some, classes in zip(rows.split(_ROWS), labels.split(_ROWS), strict=True):
+        for some, classes in zip(torch.split(rows, _ROWS), torch.split(labels, _ROWS), strict=True):
             apart = some.double() - self.origin
             self.sums.index_add_(0, classes, apart)
             factors = apart if apart.is_cpu else apart.float()
