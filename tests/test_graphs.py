@@ -83,11 +83,13 @@ def test_feature_maps_in_either_order():
     stages = Stages([torch.nn.Conv2d(3, 4, 3), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))]).eval()
     heads = [pointwise_head()]
     x = torch.randn(6, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        middle = float(heads[0].judge(stages[0](x), Confidence())[0].sort().values[2:4].mean())  # of random features
     for form in (torch.contiguous_format, torch.channels_last):
         some = x.contiguous(memory_format=form)
         for mode in ("bucket", "masked"):
-            expected = cascade.run(stages, heads, Confidence(), [0.5], some, 3)
-            got = FixedCascade(stages, heads, Confidence(), [0.5], some, 3, sizes=[4, 8], mode=mode)(some)
+            expected = cascade.run(stages, heads, Confidence(), [middle], some, 3)
+            got = FixedCascade(stages, heads, Confidence(), [middle], some, 3, sizes=[4, 8], mode=mode)(some)
             assert torch.equal(got.exit, expected.exit)
             torch.testing.assert_close(got.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
         assert 0 < int((expected.exit == 0).sum()) < 6
