@@ -1,4 +1,4 @@
-"""Sums of an ONNX graph stay in the blocks of ONNX Runtime's convolutions: no answer changes, and fewer operators run."""
+"""Sums of an ONNX graph stay in the blocks of ONNX Runtime's convolutions: the same answers, and fewer operators."""
 
 import importlib.util
 import zipfile
