@@ -1007,3 +1007,16 @@ def test_a_choice_among_stages_made_by_hand():
 def test_choices_among_stages_that_cannot_be(resnet, exits, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         cut(cut(resnet, X), X, exits)
+
+
+def test_a_module_that_is_exchanged_is_called_in_a_stage():
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+    ).eval()
+    x = torch.randn(2, 1, 8, 8)
+    for stages in (cut(model, x, "all"), copy.deepcopy(cut(model, x, "all"))):
+        name = next(name for name, module in stages[0].named_modules() if isinstance(module, nn.Conv2d))
+        before, other = stages[0](x), nn.Conv2d(1, 4, 3).eval()
+        stages[0].set_submodule(name, other)
+        after = stages[0](x)
+        assert not torch.equal(before, after) and torch.equal(after, other(x).relu())
