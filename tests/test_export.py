@@ -18,11 +18,11 @@ import torch
 from helpers import INF, NAN, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import CLASSES, SHAPE, Net, Scripted, by_hand, loader, net, samples
+from small import CLASSES, SHAPE, Scripted, by_hand, loader, net, samples
 
 import e2cm_ext as e2cm
 from e2cm_ext import deploy, reference, runner
-from e2cm_ext.exportable import Answer, Features, logits_of, never_negative
+from e2cm_ext.exportable import Answer, Features, logits_of
 from e2cm_ext.methods.sdn import MostConfident
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -71,28 +71,6 @@ def test_parts_times_folded_weights_are_statistics_times_weights(problem, dense,
     pairs = zip(features.parts(x), features.folded(weight), strict=True)
     torch.testing.assert_close(sum(part @ w for part, w in pairs), expected @ weight.T, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(features(x), expected, rtol=1e-9, atol=1e-9)
-
-
-class Lowered(torch.nn.Module):
-    def forward(self, x):
-        return x.relu().sub_(1)
-
-
-@pytest.mark.parametrize(
-    ("last", "expected"),
-    [
-        (torch.nn.ReLU(), True),
-        (torch.nn.ReLU(inplace=True), True),
-        (torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Flatten()), True),
-        (torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Conv2d(3, 3, 1)), False),
-        (torch.nn.Hardswish(), False),
-        (Lowered(), False),
-    ],
-)
-def test_what_a_relu_has_made_is_never_negative(last, expected):
-    x, found = never_negative([torch.nn.Conv2d(3, 3, 1), last], torch.randn(2, 3, 4, 4))
-    assert found is expected
-    assert not found or (x >= 0).all()
 
 
 def test_tokens_vectors_and_raw_features():
@@ -181,23 +159,6 @@ def packed(tmp_path_factory):
         return made[format]
 
     return make
-
-
-@needs_onnx
-@pytest.mark.parametrize(("channels", "put"), [(16, True), (12, False)])
-def test_sums_stay_in_blocks(channels, put, tmp_path):
-    """Where what comes into a stage would part them, an average over windows of 1 x 1 is put, which changes nothing."""
-    import onnx
-
-    ee = e2cm.EarlyExit(Net(channels).eval(), torch.zeros(1, *SHAPE)).fit(loader(300), progress=False)
-    images = noisy(loader(64, 64, seed=2)[0][0])
-    ee.thresholds = [float(c.quantile(0.7)) for c in ee.record([(images, torch.zeros(64).long())]).confidence.T[:-1]]
-    ee.export(tmp_path / "p.zip", progress=False)
-    with zipfile.ZipFile(tmp_path / "p.zip") as archive:
-        graph = onnx.load_from_string(archive.read("stage-001.onnx")).graph
-    kernels = [list(a.ints) for n in graph.node if n.op_type == "AveragePool" for a in n.attribute if a.name[0] == "k"]
-    assert ([1, 1] in kernels) == put
-    agree(runner.OnnxCascade.load(tmp_path / "p.zip").predict(images.numpy()), ee.predict(images))
 
 
 def numbers_of(answers):
