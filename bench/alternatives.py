@@ -8,8 +8,9 @@ six are chosen by ee.select, and their thresholds found, on the next --held-out 
 are those of the first --test test images, times those of the first --images of them in batches of --batch, all ways
 taking turns. Everything is eager and channels_last.
 
-int8 is torch's own: torch.ao.quantization in FX graph mode, static, for x86, calibrated on the --held-out images. Its
-stages hand on integers, which exits do not read: there is no row of exits on it.
+int8 is torch's own: torch.ao.quantization in FX graph mode, static, for x86, calibrated on the --held-out images. With
+exits every stage is quantised by itself, so that what it hands on is float32 again, for the exit behind it to read;
+exits are fitted anew.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ Run = Callable[[Tensor], Tensor]
 
 def with_exits(model: nn.Module, fit: Batches, held_out: Batches, options: argparse.Namespace) -> e2cm.EarlyExit:
     example, _ = next(iter(held_out))
+    example = example.to(next(model.parameters()).dtype)
     ee = e2cm.EarlyExit(model, example[:1]).fit(fit)
     few = ee.select(held_out, options.count)
     assert few.selection is not None
@@ -53,7 +55,19 @@ def int8(model: nn.Module, batches: Batches) -> nn.Module:
         observed = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("x86"), (example[:1],))
         for images, _ in batches:
             observed(images)
-        return convert_fx(observed)
+        return convert_fx(observed).eval()
+
+
+def int8_with_exits(ee: e2cm.EarlyExit, fit: Batches, held_out: Batches, options: argparse.Namespace) -> e2cm.EarlyExit:
+    made = copy.deepcopy(ee)
+    seen = list(held_out)
+    with torch.no_grad():
+        for j, stage in enumerate(list(made.stages)):
+            made.stages.parts[j] = quantised = int8(stage, seen)
+            seen = [(quantised(x), labels) for x, labels in seen]
+    made.fit(fit).calibrate(held_out, flops=options.flops)
+    made.profile(next(iter(held_out))[0], options.batch, repeats=2)
+    return made
 
 
 def accuracy(run: Run, batches: Batches) -> float:
@@ -90,8 +104,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         runs[name], runs[f"{name}, with exits"] = in_dtype_of(model, model), in_dtype_of(model, ee)
         rows[name] = {"flops": share[name]}
         rows[f"{name}, with exits"] = {"flops": share[name] * ee.evaluate(test, progress=False).flops}
-    runs["in int8"] = int8(whole, list(held_out))
+    quantised = int8_with_exits(exits[options.call], fit, held_out, options)
+    runs["in int8"], runs["in int8, with exits"] = int8(whole, list(held_out)), quantised
     rows["in int8"] = {"flops": 1.0}
+    rows["in int8, with exits"] = {"flops": quantised.evaluate(test, progress=False).flops}
 
     timed = [x for x, _ in test][: -(-options.images // options.batch)]
     with torch.inference_mode():
