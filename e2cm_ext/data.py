@@ -509,7 +509,12 @@ def _torchvision_name(source: str) -> str | None:
 
 
 def _torchvision(source: str | Path, split: str | None, root: Path, one: Transform, download: bool) -> Dataset[Batch]:
-    name = _torchvision_name(source) if isinstance(source, str) else None
+    try:
+        name = _torchvision_name(source) if isinstance(source, str) else None
+    except ImportError as error:
+        raise ImportError(
+            f"{str(source)!r} is neither a folder nor a .npz file, and to look for a data set of that name {error}"
+        ) from error
     if name is None:
         raise FileNotFoundError(
             f"{str(source)!r} is neither a folder nor a .npz file, nor the name of a data set in torchvision.datasets"
@@ -591,6 +596,11 @@ def checked(
     below it. image_shape: of one image. labels=False: items may be images alone, and labels come back as None.
     finite=False: images may hold NaN and infinity. empty=True: batches without a sample are given, too.
     """
+    if not hasattr(type(loader), "__iter__") and not hasattr(type(loader), "__getitem__"):
+        raise TypeError(
+            f"`loader` is a {type(loader).__name__}; wanted something that gives (images, labels) in turn, such as a "
+            "DataLoader or a list"
+        )
     number = -1
     for number, item in enumerate(loader):
         where = f"batch {number}"
@@ -617,8 +627,10 @@ def checked(
 def _pair(item: Any, where: str, labels: bool) -> tuple[Tensor, Any]:
     if isinstance(item, tuple | list) and len(item) == 2:
         images, found = item
-    elif not labels and (isinstance(item, Tensor) or (isinstance(item, tuple | list) and len(item) == 1)):
-        images, found = (item, None) if isinstance(item, Tensor) else (item[0], None)
+    elif not labels and isinstance(item, Tensor | np.ndarray):
+        images, found = item, None
+    elif not labels and isinstance(item, tuple | list) and len(item) == 1:
+        images, found = item[0], None
     else:
         what = f"a {type(item).__name__}"
         if isinstance(item, dict):
@@ -627,9 +639,8 @@ def _pair(item: Any, where: str, labels: bool) -> tuple[Tensor, Any]:
             what += f" of {len(item)}"
         if isinstance(item, Tensor):
             what += " without labels"
-        raise TypeError(
-            f"{where} of the loader is {what}; wanted (images, labels); a single batch is [(images, labels)]"
-        )
+        pair = "(images, labels)" if labels else "images or (images, labels)"
+        raise TypeError(f"{where} of the loader is {what}; wanted {pair}; a single batch is [(images, labels)]")
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)
     if not isinstance(images, Tensor):

@@ -21,6 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ._native import build_info
+
 __all__ = ["FORMAT", "bytes_of", "read", "whole", "write"]
 
 FORMAT = 1  # of what stands in the file; a change that an old reader would misunderstand makes it 2
@@ -70,6 +72,7 @@ def _write(file: BinaryIO, kind: str, tensors: Mapping[str, Tensor], info: Mappi
     order = {name: _order(tensors[name]) for name in names}
     stored = {name: tensors[name].detach().permute(order[name]) for name in names}
     about = {
+        "package": build_info()["version"],
         **info,
         "kind": kind,
         "format": FORMAT,

@@ -8,7 +8,7 @@ import torch
 from helpers import same_bits
 from safetensors import safe_open
 
-from e2cm_ext import files
+from e2cm_ext import build_info, files
 
 DTYPES = [
     torch.float64,
@@ -21,6 +21,12 @@ DTYPES = [
     torch.int8,
 ]
 DTYPES += [torch.uint8, torch.bool]
+
+
+def test_every_file_says_which_version_wrote_it(tmp_path):
+    files.write(tmp_path / "file", "test", {}, {})
+    _, about = files.read(tmp_path / "file", "test")
+    assert about["package"] == build_info()["version"]
 
 
 def tensors():
