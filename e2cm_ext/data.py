@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-__all__ = ["Arrays", "Batches", "checked", "load", "split", "transform_of"]
+__all__ = ["Arrays", "Batches", "checked", "class_numbers", "load", "split", "transform_of"]
 
 Batch = tuple[Tensor, Tensor]
 Normalise = tuple[float | Sequence[float], float | Sequence[float]]  # mean and standard deviation, of images in [0, 1]
@@ -606,7 +606,7 @@ def checked(
         where = f"batch {number}"
         images, found = _pair(item, where, labels)
         _check_images(images, where, image_shape)
-        numbers = _check_labels(found, where, len(images), num_classes) if labels else None
+        numbers = class_numbers(found, where, len(images), num_classes) if labels else None
         if len(images) == 0 and not empty:
             continue
         if finite:
@@ -662,7 +662,8 @@ def _check_images(images: Tensor, where: str, image_shape: Sequence[int] | None)
         raise ValueError(f"the images in {where} are a single number; wanted a tensor [B, C, H, W]")
 
 
-def _check_labels(found: Any, where: str, count: int, num_classes: int | None) -> Tensor:
+def class_numbers(found: Any, where: str, count: int, num_classes: int | None) -> Tensor:
+    """The labels of a batch as int64 [B], if they are classes; else an error says what is wrong with them."""
     try:
         labels = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError):
