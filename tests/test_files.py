@@ -94,8 +94,10 @@ def test_another_kind_and_what_cannot_be_written(tmp_path):
         files.write(tmp_path / "b", "test", {"z": torch.zeros(2, dtype=torch.complex64)}, {})
     with pytest.raises(TypeError, match="not JSON serializable"):
         files.write(tmp_path / "b", "test", {}, {"x": object()})
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"nowhere'$"):  # and not a name that nobody has given
         files.write(tmp_path / "nowhere" / "b", "test", {}, {})
+    with pytest.raises(IsADirectoryError, match=rf"{tmp_path.name}'$"):
+        files.write(tmp_path, "test", {}, {})
     assert os.listdir(tmp_path) == ["a"]
 
 
