@@ -1,10 +1,10 @@
 """The kernels: tensors in, tensors out.
 
 On the CPU and on NVIDIA GPUs (gpu.py) a call goes straight to the compiled module; elsewhere, and in a build without
-CUDA, the same functions of `reference` run. Inside
-torch.compile, torch.export and fake tensors a call becomes an operator of the library `e2cm_ext`. Features may be
-float32, bfloat16 or float16, [B, ...] in NCHW or channels_last order; they are not copied. All arithmetic is float32 or
-wider, and a sample's answer is the same bits whatever the number of threads and whatever batch it sits in.
+CUDA, the same functions of `reference` run. Inside torch.compile, torch.export and fake tensors a call becomes an
+operator of the library `e2cm_ext`. Features may be float32, bfloat16 or float16, [B, ...] in NCHW or channels_last
+order; they are not copied. All arithmetic is float32 or wider, and a sample's answer is the same bits whatever the
+number of threads and whatever batch it sits in.
 
 A sample with a NaN or an infinity among its features gets NaN for a confidence and never leaves. A class whose scale
 is not a positive finite number has no mean: it is never predicted. Ties go to the lowest class. Results carry no

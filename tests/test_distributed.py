@@ -148,6 +148,8 @@ if mode == "fails":
             what(Loader(held_out), progress=False)
         except Exception as error:
             print(what.__name__ + ":", type(error).__name__, error, flush=True)
+    dist.barrier()  # gloo aborts a process that ends while another, which has not let go of it, is gone
+    dist.destroy_process_group()
 if mode == "does not come":
     try:
         ee.record(Loader(held_out), progress=False).save(f"{{folder}}/record")

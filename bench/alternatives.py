@@ -1,0 +1,139 @@
+"""What else makes a network cheaper, and what exits add to it: bfloat16, int8, a smaller network.
+
+    python bench/alternatives.py networks.py "cifar10_resnet(56)" cifar10.npz --smaller "cifar10_resnet(20)" \\
+        --mean .485 .456 .406 --std .229 .224 .225
+
+`networks.py`, the calls and the data are those of bench/curves.py. Exits are fitted on the first --fit training images,
+six are chosen by ee.select, and their thresholds found, on the next --held-out for --flops of their network; accuracies
+are those of the first --test test images, times those of the first --images of them in batches of --batch, all ways
+taking turns. Everything is eager and channels_last.
+
+int8 is torch's own: torch.ao.quantization in FX graph mode, static, for x86, calibrated on the --held-out images. Its
+stages hand on integers, which exits do not read: there is no row of exits on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from curves import arguments, network, write
+from torch import Tensor, nn
+
+import e2cm_ext as e2cm
+from e2cm_ext.turns import in_turns, ratio
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Run = Callable[[Tensor], Tensor]
+
+
+def with_exits(model: nn.Module, fit: Batches, held_out: Batches, options: argparse.Namespace) -> e2cm.EarlyExit:
+    example, _ = next(iter(held_out))
+    ee = e2cm.EarlyExit(model, example[:1]).fit(fit)
+    few = ee.select(held_out, options.count)
+    assert few.selection is not None
+    few.thresholds = few.selection.curve.best_within(options.flops).thresholds
+    few.profile(example, options.batch, repeats=2)
+    return few
+
+
+def int8(model: nn.Module, batches: Batches) -> nn.Module:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    example, _ = next(iter(batches))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it will move to another package
+        observed = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("x86"), (example[:1],))
+        for images, _ in batches:
+            observed(images)
+        return convert_fx(observed)
+
+
+def accuracy(run: Run, batches: Batches) -> float:
+    right = [run(images).argmax(1) == labels for images, labels in batches]
+    return float(torch.cat(right).float().mean())
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    def images(split: str, part: slice) -> e2cm.data.Batches:
+        return e2cm.data.load(
+            options.data, split=split, normalise=(options.mean, options.std), part=part, batch_size=options.batch,
+            channels_last=True,
+        )  # fmt: skip
+
+    fit = images("train", slice(options.fit))
+    held_out = images("train", slice(options.fit, options.fit + options.held_out))
+    test = list(images("test", slice(options.test)))
+    whole = network(options.networks, options.call).to(memory_format=torch.channels_last)
+    smaller = network(options.networks, options.smaller).to(memory_format=torch.channels_last)
+    models = {options.call: whole, "in bfloat16": copy.deepcopy(whole).bfloat16(), options.smaller: smaller}
+    exits = {name: with_exits(model, fit, held_out, options) for name, model in models.items()}
+    share = {
+        name: sum(ee.costs.stages) / sum(exits[options.call].costs.stages) for name, ee in exits.items()
+    }  # of the FLOPs of the whole network
+
+    def in_dtype_of(model: nn.Module, run: Run) -> Run:
+        dtype = next(model.parameters()).dtype
+        return lambda x: run(x.to(dtype))
+
+    runs: dict[str, Run] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        ee = exits[name]
+        runs[name], runs[f"{name}, with exits"] = in_dtype_of(model, model), in_dtype_of(model, ee)
+        rows[name] = {"flops": share[name]}
+        rows[f"{name}, with exits"] = {"flops": share[name] * ee.evaluate(test, progress=False).flops}
+    runs["in int8"] = int8(whole, list(held_out))
+    rows["in int8"] = {"flops": 1.0}
+
+    timed = [x for x, _ in test][: -(-options.images // options.batch)]
+    with torch.inference_mode():
+        for name, run in runs.items():
+            rows[name]["accuracy"] = accuracy(run, test)
+        ways = {name: partial(_over, run, timed) for name, run in runs.items()}
+        seconds = in_turns(ways, options.rounds, progress=True)
+    for name, row in rows.items():
+        row["time"] = asdict(ratio(seconds[name], seconds[options.call]))
+        row["ms per image"] = 1e3 * float(seconds[name].median()) / sum(map(len, timed))
+    return {"asked for": options.flops, "batch": options.batch, "rounds": options.rounds, "rows": rows}
+
+
+def _over(run: Run, batches: list[Tensor]) -> None:
+    for images in batches:
+        run(images)
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["| | FLOPs | accuracy | time | ms per image |", "| :-- | --: | --: | --: | --: |"]
+    for name, row in result["rows"].items():
+        time = f"{row['time']['median']:.2f} [{row['time']['p10']:.2f}, {row['time']['p90']:.2f}]"
+        lines.append(f"| {name} | {row['flops']:.2f} | {row['accuracy']:.4f} | {time} | {row['ms per image']:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--smaller", required=True, help="the call that makes a smaller network")
+    parser.add_argument("--flops", type=float, default=0.5, help="of its network, for exits (default: 0.5)")
+    parser.add_argument("--count", type=int, default=6, help="exits (default: 6)")
+    parser.add_argument("--fit", type=int, default=20000)
+    parser.add_argument("--held-out", type=int, default=2000)
+    parser.add_argument("--test", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=512, help="to measure time with (default: 512)")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    result = measure(options)
+    print(table(result))
+    if options.json:
+        write(options.json, result | {"network": options.call})
+
+
+if __name__ == "__main__":
+    main()
