@@ -39,7 +39,7 @@ def flops(module: nn.Module, x: Tensor) -> int:
             module(sample)
             return spent()
 
-    return without_computing(run, module, one_sample(x))
+    return without_computing(run, module, one_sample(x, "x"))
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ def _readable(flops: int) -> str:
 # ---- counting -------------------------------------------------------------------------------------------------------
 
 
-def one_sample(x: Tensor) -> Tensor:
+def one_sample(x: Tensor, name: str = "example_input") -> Tensor:
     if not isinstance(x, Tensor) or x.dim() < 1 or len(x) < 1:
         what = f"has shape {list(x.shape)}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-        raise ValueError(f"the example input {what}; wanted a tensor [batch, ...] with at least one sample")
+        raise ValueError(f"`{name}` {what}; wanted a tensor [batch, ...] with at least one sample")
     return x[:1]
 
 

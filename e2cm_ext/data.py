@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-__all__ = ["Arrays", "Batches", "checked", "load", "split", "transform_of"]
+__all__ = ["Arrays", "Batches", "checked", "class_numbers", "load", "split", "transform_of"]
 
 Batch = tuple[Tensor, Tensor]
 Normalise = tuple[float | Sequence[float], float | Sequence[float]]  # mean and standard deviation, of images in [0, 1]
@@ -509,7 +509,12 @@ def _torchvision_name(source: str) -> str | None:
 
 
 def _torchvision(source: str | Path, split: str | None, root: Path, one: Transform, download: bool) -> Dataset[Batch]:
-    name = _torchvision_name(source) if isinstance(source, str) else None
+    try:
+        name = _torchvision_name(source) if isinstance(source, str) else None
+    except ImportError as error:
+        raise ImportError(
+            f"{str(source)!r} is neither a folder nor a .npz file, and to look for a data set of that name {error}"
+        ) from error
     if name is None:
         raise FileNotFoundError(
             f"{str(source)!r} is neither a folder nor a .npz file, nor the name of a data set in torchvision.datasets"
@@ -591,12 +596,17 @@ def checked(
     below it. image_shape: of one image. labels=False: items may be images alone, and labels come back as None.
     finite=False: images may hold NaN and infinity. empty=True: batches without a sample are given, too.
     """
+    if not hasattr(type(loader), "__iter__") and not hasattr(type(loader), "__getitem__"):
+        raise TypeError(
+            f"`loader` is a {type(loader).__name__}; wanted something that gives (images, labels) in turn, such as a "
+            "DataLoader or a list"
+        )
     number = -1
     for number, item in enumerate(loader):
         where = f"batch {number}"
         images, found = _pair(item, where, labels)
         _check_images(images, where, image_shape)
-        numbers = _check_labels(found, where, len(images), num_classes) if labels else None
+        numbers = class_numbers(found, where, len(images), num_classes) if labels else None
         if len(images) == 0 and not empty:
             continue
         if finite:
@@ -617,8 +627,10 @@ def checked(
 def _pair(item: Any, where: str, labels: bool) -> tuple[Tensor, Any]:
     if isinstance(item, tuple | list) and len(item) == 2:
         images, found = item
-    elif not labels and (isinstance(item, Tensor) or (isinstance(item, tuple | list) and len(item) == 1)):
-        images, found = (item, None) if isinstance(item, Tensor) else (item[0], None)
+    elif not labels and isinstance(item, Tensor | np.ndarray):
+        images, found = item, None
+    elif not labels and isinstance(item, tuple | list) and len(item) == 1:
+        images, found = item[0], None
     else:
         what = f"a {type(item).__name__}"
         if isinstance(item, dict):
@@ -627,9 +639,8 @@ def _pair(item: Any, where: str, labels: bool) -> tuple[Tensor, Any]:
             what += f" of {len(item)}"
         if isinstance(item, Tensor):
             what += " without labels"
-        raise TypeError(
-            f"{where} of the loader is {what}; wanted (images, labels); a single batch is [(images, labels)]"
-        )
+        pair = "(images, labels)" if labels else "images or (images, labels)"
+        raise TypeError(f"{where} of the loader is {what}; wanted {pair}; a single batch is [(images, labels)]")
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)
     if not isinstance(images, Tensor):
@@ -651,7 +662,8 @@ def _check_images(images: Tensor, where: str, image_shape: Sequence[int] | None)
         raise ValueError(f"the images in {where} are a single number; wanted a tensor [B, C, H, W]")
 
 
-def _check_labels(found: Any, where: str, count: int, num_classes: int | None) -> Tensor:
+def class_numbers(found: Any, where: str, count: int, num_classes: int | None) -> Tensor:
+    """The labels of a batch as int64 [B], if they are classes; else an error says what is wrong with them."""
     try:
         labels = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from . import calibration, cascade, combination, files, passes, processes, selection
 from . import profile as timing
-from ._native import build_info
 from .calibration import Curve, Method, OperatingPoint
 from .clusters import Centres, centres_of, sample, with_centres, without_centres
 from .combination import Combination
@@ -120,6 +119,7 @@ class EarlyExit(nn.Module):
         costs = Costs(stage_flops(stages, example_input), tuple(head.flops() for head in heads), stages.names)
         self._assemble(stages, heads, decide, costs, tuple(example_input.shape[1:]), example_input.dtype)
 
+    @torch.inference_mode(False)  # as of heads
     def _assemble(
         self,
         stages: Stages,
@@ -383,7 +383,8 @@ class EarlyExit(nn.Module):
             raise ValueError("`exits` is empty; wanted at least one exit: without any it is the model itself")
         chosen = type(self).__new__(type(self))
         nn.Module.__init__(chosen)
-        heads = [copy.deepcopy(self._heads()[j]) for j in numbers]
+        with torch.inference_mode(False):
+            heads = [copy.deepcopy(self._heads()[j]) for j in numbers]
         costs = self.costs.at_exits(numbers)
         plain, centres = without_centres(self.stages)
         stages = with_centres(at_exits(plain, numbers), centres)
@@ -562,6 +563,7 @@ class EarlyExit(nn.Module):
             value = self._checked_thresholds(value)
         super().__setattr__(name, value)
 
+    @torch.inference_mode(False)
     def _checked_thresholds(self, value: Any) -> Tensor:
         exits = len(self.heads)
         try:
@@ -620,7 +622,6 @@ class EarlyExit(nn.Module):
         if centres is not None:
             tensors |= {"centres.means": centres.means, "centres.spread": centres.spread}
         info = {
-            "package": build_info()["version"],
             "exits": self.exit_names,
             "heads": [head.config() for head in self._heads()],
             "rule": self.rule.name,

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import cost, passes
+from . import checks, cost, passes
 from . import profile as timing
 from .calibration import Curve, Method, OperatingPoint
 from .cascade import Cascade
 from .cost import Costs
 from .decisions import Decisions
 from .guarantee import Of
+from .head import positive
 from .heads import Head, build
 from .passes import Loader
 from .profile import Profile
@@ -100,9 +101,7 @@ class FastExit(nn.Module):
         threshold: float = math.inf,
     ) -> None:
         super().__init__()
-        given = num_features_or_shape
-        shape = (given,) if isinstance(given, int) else tuple(given)
-        self.head = build(head, num_classes, [shape])[0]
+        self.head = build(head, positive("num_classes", num_classes), [_shape(num_features_or_shape)])[0]
         self.rule = rule_named(rule)
         self.register_buffer("threshold", torch.tensor(math.inf, dtype=torch.float32))
         self._set(threshold)
@@ -139,9 +138,10 @@ class FastExit(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    @torch.inference_mode(False)
     def _set(self, value: Any) -> None:
-        vector = threshold_vector([value], 1)
-        self._buffers["threshold"] = vector[0].to(self.threshold.device)
+        limit = checks.threshold_value(value)
+        self._buffers["threshold"] = torch.tensor(limit, dtype=torch.float32, device=self.threshold.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.threshold
@@ -178,6 +178,13 @@ class State(Cascade):
         if logits.dim() != 2 or logits.shape[0] != rows or logits.shape[1] != self._num_classes:
             count = "survivors" if self._left is None else rows
             raise ValueError(f"`logits` has shape {list(logits.shape)}; wanted [{count}, {self._num_classes}]")
+
+
+def _shape(given: Any) -> tuple[int, ...]:
+    sizes = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    if not sizes:
+        raise ValueError("`num_features_or_shape` is empty; wanted 144, or the shape of one sample, such as (8, 7, 7)")
+    return tuple(positive("num_features_or_shape", size) for size in sizes)
 
 
 # ---- for all exits of a network -------------------------------------------------------------------------------------
@@ -353,7 +360,7 @@ class _Network:
                 _Network(model, "record").walk(sample, lambda j, x: totals.append(spent()), logits=False)
                 return [*totals, spent()]
 
-        totals = cost.without_computing(run, self.model, cost.one_sample(images))
+        totals = cost.without_computing(run, self.model, cost.one_sample(images, "images"))
         stages = tuple(after - before for before, after in pairwise(totals))
         return Costs(stages, tuple(head.flops() for head in self.heads), tuple(self.exits))
 

@@ -8,6 +8,7 @@ with zeros in its own place). Nothing in a file is ever executed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from ._native import build_info
 
 __all__ = ["FORMAT", "bytes_of", "read", "whole", "write"]
 
@@ -50,6 +53,10 @@ def whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Ctrl-C comes, what was there before is still there, and nothing else.
     """
     path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():  # what open() says of the other name would puzzle who has never heard of it
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     # Not by tempfile: its files are for their owner only, and the new name would keep that.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -70,6 +77,7 @@ def _write(file: BinaryIO, kind: str, tensors: Mapping[str, Tensor], info: Mappi
     order = {name: _order(tensors[name]) for name in names}
     stored = {name: tensors[name].detach().permute(order[name]) for name in names}
     about = {
+        "package": build_info()["version"],
         **info,
         "kind": kind,
         "format": FORMAT,

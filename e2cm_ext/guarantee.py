@@ -31,7 +31,6 @@ not negative while t + 1 <= (n - 1) epsilon. Elsewhere p = 1, as nothing there l
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -40,7 +39,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import binomial, calibration
+from . import binomial, calibration, notices
 from .calibration import Method, OperatingPoint
 from .record import Record
 
@@ -122,10 +121,17 @@ def guaranteed(
 
 def check_risk(epsilon: float, delta: float, of: str) -> None:
     for name, value, example in (("epsilon", epsilon, 0.01), ("delta", delta, 0.05)):
+        if not is_number(value):
+            raise TypeError(f"`{name}` of `risk` is {value!r}; wanted a number, such as {example}")
         if not 0 < value < 1:
             raise ValueError(f"`{name}` of `risk` is {value}; wanted a number between 0 and 1, such as {example}")
     if of not in ("accuracy", "agreement"):
         raise ValueError(f"`of` is {of!r}; wanted 'accuracy' or 'agreement'")
+
+
+def is_number(value: object) -> bool:
+    """Also numpy's and torch's; True is none."""
+    return hasattr(value, "__float__") and not isinstance(value, bool)
 
 
 def passing(p_values: Iterable[float], delta: float) -> list[float]:
@@ -158,10 +164,9 @@ def _warn(record: Record, safest: Tensor, epsilon: float, delta: float, of: Of) 
         help = "better heads, later exits or a larger epsilon would help, more samples would not"
     else:
         help = f"with losses like these, about {needed} would be needed, {2 * needed} in the whole record"
-    warnings.warn(
+    notices.warn(
         f"all exits are off: of {len(record)} samples the safest thresholds lost {lost} and gained {gained}, which "
         f"does not show a risk below {epsilon:g} with probability {1 - delta:g}; {help}",
-        stacklevel=5,
     )
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .head import KINDS, Head, total
@@ -16,15 +17,16 @@ from .whitened import WhitenedMeans, statistics_of, suits
 __all__ = ["ClassMeans", "Head", "PooledMeans", "WhitenedMeans", "build", "from_config", "statistics_of", "total"]
 
 
+@torch.inference_mode(False)  # buffers made in it could not be written to outside of it, as a fit does
 def build(
-    kind: str | type[Head] | Callable[[int, tuple[int, ...]], Head],
+    head: str | type[Head] | Callable[[int, tuple[int, ...]], Head],
     num_classes: int,
     shapes: Sequence[Sequence[int]],
     memory: int = 256 << 20,
 ) -> list[Head]:
     """One empty head for every exit, whose features have these shapes.
 
-    kind: a name, a Head class, or a function (num_classes, feature_shape) -> Head, such as
+    head: a name, a Head class, or a function (num_classes, feature_shape) -> Head, such as
     functools.partial(PooledMeans, grid=2). Names are those of the classes, and
     - "whitened_means": WhitenedMeans, but class_means for features that these do not suit, which are those with 4 axes
       or more (videos) and vectors of more than 4096 numbers;
@@ -33,17 +35,17 @@ def build(
       of its means.)
     """
     sizes = [tuple(shape) for shape in shapes]
-    if isinstance(kind, str) and kind == "auto":
+    if isinstance(head, str) and head == "auto":
         return _within(memory, num_classes, sizes)
     make: Callable[[int, tuple[int, ...]], Head]
-    if isinstance(kind, str) and kind == WhitenedMeans.kind:
+    if isinstance(head, str) and head == WhitenedMeans.kind:
         make = _whitened
-    elif isinstance(kind, str):
-        make = _class_of(kind, "`kind` is", [*KINDS, "auto"])
-    elif callable(kind) and not isinstance(kind, nn.Module):
-        make = kind
+    elif isinstance(head, str):
+        make = _class_of(head, "`head` is", [*KINDS, "auto"])
+    elif callable(head) and not isinstance(head, nn.Module):
+        make = head
     else:
-        raise TypeError(f"`kind` is a {type(kind).__name__}; wanted a name, a Head class or a function that makes one")
+        raise TypeError(f"`head` is a {type(head).__name__}; wanted a name, a Head class or a function that makes one")
     return [_checked(make(num_classes, shape), num_classes, shape) for shape in sizes]
 
 
@@ -64,15 +66,16 @@ def _within(memory: int, num_classes: int, shapes: list[tuple[int, ...]]) -> lis
 
 def _checked(head: Head, num_classes: int, shape: tuple[int, ...]) -> Head:
     if not isinstance(head, Head):
-        raise TypeError(f"`kind` has made a {type(head).__name__}; wanted a Head")
+        raise TypeError(f"`head` has made a {type(head).__name__}; wanted a Head")
     if (head.num_classes, head.feature_shape) != (num_classes, shape):
         raise ValueError(
-            f"`kind` has made a head for {head.num_classes} classes and features {list(head.feature_shape)}; "
+            f"`head` has made a head for {head.num_classes} classes and features {list(head.feature_shape)}; "
             f"wanted {num_classes} and {list(shape)}"
         )
     return head
 
 
+@torch.inference_mode(False)
 def from_config(config: dict[str, Any]) -> Head:
     """An empty head like the one whose config() this is. The module that defines its class must have been imported."""
     if not isinstance(config, dict) or not isinstance(config.get("kind"), str):

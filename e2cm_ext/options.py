@@ -270,7 +270,7 @@ class Work:
         model, prepared = networks.load(options["network"], options["weights"], options["classes"])
         try:
             model = model.to(options["device"])
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # the latter where torch was built for no such device
             first, _, _ = str(error).partition("\n")
             raise ValueError(f"--device {options['device']}: {first}") from error
         if options["channels_last"]:

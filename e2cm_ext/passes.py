@@ -10,7 +10,6 @@ for all parts.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import data, processes
+from . import data, notices, processes
 from .combination import Combination, combined
 from .cost import Costs
 from .heads import Head
@@ -130,7 +129,8 @@ def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> tuple[list[Head], 
     """
     passes = max(head.passes for head in heads)
     refuse_used_up(loader, passes)
-    fresh = [copy.deepcopy(head) if head.fitted else head for head in heads]
+    with torch.inference_mode(False):
+        fresh = [copy.deepcopy(head) if head.fitted else head for head in heads]
     seen = Seen()
     try:
         for turn in range(passes):
@@ -174,9 +174,8 @@ def _warn_of_empty_classes(head: Head) -> None:
     empty = (head.counts == 0).nonzero().flatten().tolist()
     if empty:
         few = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
-        warnings.warn(
+        notices.warn(
             f"no sample of {len(empty)} of the {head.num_classes} classes ({few}): no exit will ever answer with these",
-            stacklevel=5,
         )
 
 
@@ -256,8 +255,7 @@ def _said(
 
 def _warn_of_seen(share: float) -> None:
     if share > _SEEN:
-        warnings.warn(
+        notices.warn(
             f"about {share:.0%} of these images are among those that the exits were fitted on, and look better to them "
             "than new ones: for thresholds and figures that hold on new images, take others",
-            stacklevel=5,
         )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import linecache
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
-from . import cost
+from . import cost, notices
 from .places import Place, Places, choose, places_of
-from .tracing import PREFIX, WAY_OUT, CutError, Network, Root, trace
+from .tracing import PREFIX, WAY_OUT, CutError, Network, Root, answer_of, trace
 
 __all__ = ["CutError", "Stages", "at_exits", "cut", "stage_flops"]
 
@@ -135,7 +134,7 @@ def cut(model: nn.Module | Stages, example_input: Tensor, exits: Exits = "blocks
     network = trace(model, example_input)
     places = places_of(network)
     if not places.worthwhile and (not places.possible or isinstance(exits, str | int)):
-        raise CutError(_nowhere(network))
+        raise CutError(_nowhere(network, places))
     chosen = choose(places, exits)
     _warn_of_opaque(network)
     stages = _assemble(network, chosen)
@@ -159,8 +158,17 @@ def _in_train_mode(model: nn.Module) -> str | None:
     return next((name for name, module in modules if module.training and type(module) not in either), None)
 
 
-def _nowhere(network: Network) -> str:
-    message = "there is no place for an exit: nowhere between two layers is one tensor [batch, ...] all that is needed"
+def _nowhere(network: Network, places: Places) -> str:
+    names = [place.names[0] for place in places.possible]
+    if names:
+        message = (
+            "there is no place for an exit that is worth it, since between the first layer and the last there is no "
+            f"other; if you want one all the same, name it, exits={names[-1:]}: there are {', '.join(names)}"
+        )
+    else:
+        message = (
+            "there is no place for an exit: nowhere between two layers is one tensor [batch, ...] all that is needed"
+        )
     for path, reason in network.opaque.items():
         message += f"; {path!r} ({type(network.model.get_submodule(path)).__name__}) cannot be traced: {reason}"
     return message
@@ -169,17 +177,17 @@ def _nowhere(network: Network) -> str:
 def _warn_of_opaque(network: Network) -> None:
     for call in network.calls:
         if call.path in network.opaque and 2 * network.cost(call) > network.spent[-1]:
-            warnings.warn(
+            notices.warn(
                 f"{call.path!r} ({type(call.module).__name__}) holds most of the FLOPs, and there is no exit in it, "
                 f"because it cannot be traced: {network.opaque[call.path]}. {WAY_OUT}",
-                stacklevel=3,
             )
 
 
 def _compare(model: nn.Module, stages: Stages, x: Tensor) -> None:
     """What tracing has missed (a forward() that asks whether its input is a tensor, say) shows in the answer."""
+    wanted = answer_of(model, x)
     with torch.no_grad():
-        wanted, found = model(x.clone()), stages(x.clone())
+        found = stages(x.clone())
     if wanted.is_meta or torch.equal(wanted, found):
         return
     # Kernels may be chosen anew at every call, so not always the same bits.

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import calibration, processes
 from .calibration import Curve, Method, OperatingPoint
-from .guarantee import Of, check_risk, guaranteed
+from .guarantee import Of, check_risk, guaranteed, is_number
 from .profile import Profile, check_batch_size, fastest
 from .record import Record
 
@@ -48,9 +49,11 @@ class Target:
             raise TypeError(f"calibrate wants one of {wanted}; here are {' and '.join(given) or 'none of them'}")
         calibration.check_method(self.method)
         check_batch_size(self.batch_size, self.profile)
-        for name in ("latency", "milliseconds"):
+        for name in ("flops", "accuracy_drop", "latency", "milliseconds"):
             limit = getattr(self, name)
-            if limit is not None and not limit > 0:
+            if limit is not None and not is_number(limit):
+                raise TypeError(f"`{name}` is {limit!r}; wanted a number, {_EXAMPLES[name]}")
+            if limit is not None and name in ("latency", "milliseconds") and not limit > 0:
                 raise ValueError(f"`{name}` is {limit}; wanted a number above 0, {_EXAMPLES[name]}")
         if self.risk is not None:
             if not isinstance(self.risk, tuple | list) or len(self.risk) != 2:
@@ -128,5 +131,5 @@ class _Remembering:
         for item in self._loader:
             images = item[0] if isinstance(item, tuple | list) else item
             if not len(self.images) and len(images):
-                self.images = images
+                self.images = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
             yield item

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from . import cost
 
-__all__ = ["Call", "CutError", "Network", "trace"]
+__all__ = ["Call", "CutError", "Network", "answer_of", "trace"]
 
 WAY_OUT = (
     "Way out: make the slices yourself, each a module that takes the tensor that the one before it returns, and pass "
@@ -95,16 +95,39 @@ def trace(model: nn.Module, x: Tensor) -> Network:
     if isinstance(model, torch.jit.ScriptModule):
         raise CutError(f"the model is a {type(model).__name__}: compiled code cannot be traced")
     tracer = _Tracer()
+    no_logits = (
+        f"the model ({type(model).__name__}) returns no tensor [batch, ...]; wanted logits: if they are a part of what "
+        "it returns, wrap it in a module whose forward() returns them alone"
+    )
     with _left_alone(model), torch.no_grad():
-        graph = tracer.trace(Root(model))
+        try:
+            graph = tracer.trace(Root(model))
+        except NotImplementedError as error:  # by torch.fx, of a kind of object that a graph cannot return
+            raise CutError(no_logits) from error
     if "" in tracer.opaque:
         raise CutError(f"the model ({type(model).__name__}) cannot be traced: {tracer.opaque['']}")
     network = tracer.network(graph)
-    _measure(network, x)
+    try:
+        _measure(network, x)
+    except Exception:
+        answer_of(model, cost.one_sample(x))
+        raise
     answer = graph.output_node().args[0]
     if answer not in network.batched:
-        raise CutError(f"the model ({type(model).__name__}) returns no tensor [batch, ...]; wanted logits")
+        raise CutError(no_logits)
     return network
+
+
+def answer_of(model: nn.Module, x: Tensor) -> Any:
+    """To one sample. A ValueError if the model itself fails, and not only what was traced of it."""
+    try:
+        with torch.no_grad():
+            return model(x.clone())
+    except Exception as error:
+        reason, _, _ = str(error).partition("\n")
+        raise ValueError(
+            f"the model does not take `example_input`, of which one sample is {x.dtype} {list(x.shape)}: {reason}"
+        ) from error
 
 
 class Root(nn.Module):

@@ -347,6 +347,8 @@ def test_a_budget_that_cannot_be_met_changes_nothing(folder):
 
 def test_a_device_that_is_not_there(folder):
     assert "--device nonsense" in error(1, "evaluate", folder / "net.e2cm", *what(folder), "--device", "nonsense")
+    if not torch.backends.cuda.is_built():
+        assert "--device cuda: " in error(1, "evaluate", folder / "net.e2cm", *what(folder), "--device", "cuda")
 
 
 def test_debug_shows_where(folder):

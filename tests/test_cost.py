@@ -165,7 +165,7 @@ def test_errors_come_through():
 
 @pytest.mark.parametrize("x", [torch.zeros(0, 3), torch.tensor(1.0), [1, 2]])
 def test_no_sample(x):
-    with pytest.raises(ValueError, match=r"the example input .* with at least one sample"):
+    with pytest.raises(ValueError, match=r"`x` .* with at least one sample"):
         flops(nn.Linear(3, 3), x)
 
 

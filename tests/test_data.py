@@ -531,6 +531,12 @@ def test_folders_that_are_refused(torchvision, folder):
         load(folder / "nowhere", normalise=None)
 
 
+def test_a_folder_that_is_not_there_is_said_to_be_missing_whatever_torchvision_does(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(ImportError, match=r"'nowhere' is neither a folder nor a .npz file, .* this needs torchvision"):
+        load("nowhere", normalise=None)
+
+
 def write_mnist(root, x, y, stem, name="MNIST"):
     raw = root / name / "raw"
     raw.mkdir(parents=True, exist_ok=True)
@@ -747,6 +753,19 @@ def test_images_that_are_refused(images, error, message):
     for labels in (True, False):
         with pytest.raises(error, match=message):
             run(with_batch(images=images), labels=labels)
+
+
+def test_images_alone_may_be_of_numpy():
+    (images, labels), *_ = checked([np.ones((4, 3, 6, 5), np.float32)], labels=False)
+    assert images.shape == (4, 3, 6, 5) and labels is None
+    with pytest.raises(TypeError, match=r"is a dict with 'image'; wanted images or \(images, labels\)"):
+        list(checked([{"image": 1}], labels=False))
+
+
+@pytest.mark.parametrize("loader", [None, 3])
+def test_no_loader(loader):
+    with pytest.raises(TypeError, match=f"`loader` is a {type(loader).__name__}; wanted something that gives"):
+        list(checked(loader))
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

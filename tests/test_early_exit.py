@@ -176,6 +176,24 @@ def test_top_1_and_top_5_as_timm_and_torchvision_compute_them():
         torch.testing.assert_close(ee(x).softmax(1).sum(1), torch.ones(len(x)))
 
 
+@pytest.mark.parametrize("head", ["whitened_means", "class_means", "pooled_means"])
+def test_what_was_made_in_inference_mode_can_be_fitted_in_it_and_outside_of_it(head, tmp_path):
+    model, x = net(), samples(40)
+    with torch.inference_mode():
+        ee = EarlyExit(model, x[:1], head=head).fit(loader(), progress=False)
+        ee.thresholds = 0.2
+        expected = ee(x)
+        few, twin = ee.at_exits([1]), copy.deepcopy(ee)
+        ee.save(tmp_path / "file")
+        loaded = EarlyExit.load(tmp_path / "file", model)
+        few.fit(loader(), progress=False)
+    for one in (ee, few, loaded):
+        one.fit(loader(), progress=False)
+    ee.thresholds[:] = 0.2
+    assert same_bits(ee(x), expected) and same_bits(twin(x), expected)
+    ee.load_state_dict(ee.state_dict())
+
+
 def test_the_model_is_not_modified():
     model = net()
     hook = model.block2.register_forward_hook(lambda *_: None)
@@ -840,6 +858,20 @@ def test_calibrate_wants_one_target(calibrated, options, what):
     ee, _, _, _ = calibrated
     with pytest.raises(TypeError, match=rf"one of `flops` .*, `risk` .*; here are {what}"):
         ee.calibrate(None, progress=False, **options)
+
+
+@pytest.mark.parametrize("bad", ["0.5", True, [0.5], (0.1, "0.5")])
+@pytest.mark.parametrize("target", ["flops", "accuracy_drop", "latency", "milliseconds", "risk"])
+def test_calibrate_wants_numbers(calibrated, target, bad):
+    ee, record, _, _ = calibrated
+    with pytest.raises(TypeError, match=f"`{target}` is |`delta` of `risk` is '0.5'; wanted a number"):
+        ee.calibrate(record, **{target: bad}, progress=False)
+
+
+def test_times_may_be_measured_on_images_of_numpy(calibrated):
+    ee, _, calibrate_on, _ = calibrated
+    arrays = [(x.numpy(), y.numpy()) for x, y in calibrate_on]
+    assert ee.calibrate(arrays, latency=5.0, batch_size=2, progress=False).batch_size == 2
 
 
 def test_calibrate_out_of_reach_leaves_thresholds(calibrated):

@@ -256,9 +256,25 @@ def test_settings():
     assert exit.half().threshold.dtype is torch.float32
     exit.threshold = 0.1
     assert exit.half().threshold.item() == torch.tensor(0.1).item()
-    for bad in ((0,), 0, ()):
-        with pytest.raises(ValueError, match="feature_shape"):
+    for bad in ((0,), 0, (), (0, 3), 2.5, None, "64"):
+        with pytest.raises(ValueError, match="`num_features_or_shape`"):
             FastExit(bad, 3)
+    for bad, kind in (("0.5", TypeError), ([0.5], TypeError), (None, TypeError), (torch.ones(2), ValueError)):
+        with pytest.raises(kind, match="`threshold`"):
+            exit.threshold = bad
+
+
+def test_exits_made_in_inference_mode_can_be_fitted_in_it_and_outside_of_it():
+    base, x = net(), samples(40)
+    with torch.inference_mode():
+        model = ByHand(base).eval()
+        fast_exit.fit(model, loader(), progress=False)
+        fast_exit.set_thresholds(model, 0.2)
+        expected = model(x)
+    fast_exit.fit(model, loader(), progress=False)
+    fast_exit.set_thresholds(model, 0.2)
+    assert_same_decisions(model(x), expected)
+    model.load_state_dict(model.state_dict())
 
 
 def test_features_of_another_shape():

@@ -8,7 +8,7 @@ import torch
 from helpers import same_bits
 from safetensors import safe_open
 
-from e2cm_ext import files
+from e2cm_ext import build_info, files
 
 DTYPES = [
     torch.float64,
@@ -21,6 +21,12 @@ DTYPES = [
     torch.int8,
 ]
 DTYPES += [torch.uint8, torch.bool]
+
+
+def test_every_file_says_which_version_wrote_it(tmp_path):
+    files.write(tmp_path / "file", "test", {}, {})
+    _, about = files.read(tmp_path / "file", "test")
+    assert about["package"] == build_info()["version"]
 
 
 def tensors():
@@ -88,8 +94,10 @@ def test_another_kind_and_what_cannot_be_written(tmp_path):
         files.write(tmp_path / "b", "test", {"z": torch.zeros(2, dtype=torch.complex64)}, {})
     with pytest.raises(TypeError, match="not JSON serializable"):
         files.write(tmp_path / "b", "test", {}, {"x": object()})
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"nowhere'$"):  # and not a name that nobody has given
         files.write(tmp_path / "nowhere" / "b", "test", {}, {})
+    with pytest.raises(IsADirectoryError, match=rf"{tmp_path.name}'$"):
+        files.write(tmp_path, "test", {}, {})
     assert os.listdir(tmp_path) == ["a"]
 
 

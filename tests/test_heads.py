@@ -816,10 +816,10 @@ def test_auto_pools_the_largest_until_all_fit():
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("means", ValueError, "`kind` is 'means'; known are 'class_means', 'pooled_means'.*'auto'"),
-        (None, TypeError, "`kind` is a NoneType"),
-        (ClassMeans(5, (4,)), TypeError, "`kind` is a ClassMeans; wanted a name, a Head class or a function"),
-        (lambda k, s: nn.Linear(4, k), TypeError, "`kind` has made a Linear; wanted a Head"),
+        ("means", ValueError, "`head` is 'means'; known are 'class_means', 'pooled_means'.*'auto'"),
+        (None, TypeError, "`head` is a NoneType"),
+        (ClassMeans(5, (4,)), TypeError, "`head` is a ClassMeans; wanted a name, a Head class or a function"),
+        (lambda k, s: nn.Linear(4, k), TypeError, "`head` has made a Linear; wanted a Head"),
         (
             lambda k, s: ClassMeans(k + 1, s),
             ValueError,

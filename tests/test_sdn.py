@@ -131,6 +131,11 @@ def test_exits_learn_and_the_network_stays(learned):
     assert same_bits(ee.stages(digits()[2][0][0]), trained()(digits()[2][0][0]))
 
 
+def test_no_epochs_are_none():
+    ee = sdn.build(trained(), digits()[0][0][0][:1], exits=2)
+    assert sdn.train(ee, digits()[0], epochs=0, progress=False) == []
+
+
 def test_training_heads_alone_is_adam_on_the_sum():
     """Three steps, against torch's own, written down."""
     ee, twin = built(), built()

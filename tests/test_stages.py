@@ -6,6 +6,7 @@ import itertools
 import linecache
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -732,8 +733,10 @@ def test_untraceable_network_and_the_way_out():
 
 
 def test_only_the_classifier_is_left():
-    with pytest.raises(CutError, match="there is no place for an exit"):
-        cut(made(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30 * 30, 5))), X)
+    model = made(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30 * 30, 5)))
+    with pytest.raises(CutError, match=r"no place for an exit that is worth it.* exits=\['1'\]: there are 0, 1"):
+        cut(model, X)
+    assert cut(model, X, ["1"]).names == ("1",)
     with pytest.raises(CutError, match=r"no place .*'0' \(Choosy\) cannot be traced"):
         cut(made(nn.Sequential(Choosy(), nn.Flatten())), torch.randn(2, 8, 4, 4))
 
@@ -756,13 +759,15 @@ def test_random_network():
         cut(made(Net(1)), X)
 
 
-@pytest.mark.parametrize("wrap", [lambda y: {"logits": y}, lambda y: (y, y), lambda y: y.mean(0)])
+@pytest.mark.parametrize(
+    "wrap", [lambda y: {"logits": y}, lambda y: (y, y), lambda y: y.mean(0), lambda y: SimpleNamespace(logits=y)]
+)
 def test_networks_that_return_no_logits(wrap):
     class Net(CifarNet):
         def forward(self, x):
             return wrap(super().forward(x))
 
-    with pytest.raises(CutError, match=r"the model \(Net\) returns no tensor \[batch, ...\]; wanted logits"):
+    with pytest.raises(CutError, match=r"the model \(Net\) returns no tensor \[batch, ...\]; wanted logits.*wrap it"):
         cut(made(Net(1)), X)
 
 
@@ -792,9 +797,23 @@ def test_not_a_model():
         cut(F.relu, X)
 
 
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (X[0], r"torch.float32 \[1, 32, 32\]: .*channels"),
+        (X[:1, :1], r"torch.float32 \[1, 1, 32, 32\]: .*channels"),
+        (X.double(), r"torch.float64 \[1, 3, 32, 32\]: .*[Dd]ouble"),
+    ],
+)
+def test_an_example_that_the_model_does_not_take(resnet, x, reason):
+    with pytest.raises(ValueError, match=r"does not take `example_input`, of which one sample is " + reason) as caught:
+        cut(resnet, x)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("x", [torch.zeros(0, 3, 32, 32), None])
 def test_not_an_example(resnet, x):
-    with pytest.raises(ValueError, match=r"the example input .* wanted a tensor"):
+    with pytest.raises(ValueError, match=r"`example_input` .* wanted a tensor"):
         cut(resnet, x)
 
 

@@ -302,6 +302,39 @@ def test_a_loss_that_is_no_number_is_said(tmp_path):
         train(network(), iter(digits()[0]))
 
 
+def test_labels_are_looked_at():
+    x, y = digits()[0][0]
+    for bad, kind, message in (
+        (y + CLASSES - 1, ValueError, "batch 1 has a label 1[0-8]; wanted 0 to 9"),
+        (torch.full_like(y, -100), ValueError, "batch 1 has a label -100"),  # which cross_entropy would pass over
+        (y.float(), TypeError, "labels in batch 1 are torch.float32"),
+        (y[1:], ValueError, r"labels in batch 1 have shape \[99\]; wanted \[100\]"),
+    ):
+        with pytest.raises(kind, match=message):
+            train(network(), [(x, y), (x, bad)], num_classes=CLASSES)
+    ee, twin = network(), network()
+    losses = train(ee, [(x, y)], num_classes=CLASSES)
+    assert train(twin, [(x[:0], y[:0]), (x, y.int())], num_classes=CLASSES) == losses
+    assert same_state(ee.heads, twin.heads)
+
+
+@pytest.mark.parametrize("epochs", [-1, 1.5, "2", True, None])
+def test_epochs_are_whole_numbers(epochs):
+    module = training.Learners(network())
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    with pytest.raises(ValueError, match="`epochs` is"):
+        training.run(module, digits()[0], loss, epochs=epochs, optimizer=optimizer, progress=False)
+
+
+def test_a_checkpoint_has_a_folder_before_there_is_work_to_lose(tmp_path):
+    class Untouched:
+        def __iter__(self):
+            raise AssertionError
+
+    with pytest.raises(FileNotFoundError, match=r"`checkpoint` is .*there is no such folder"):
+        train(network(), Untouched(), checkpoint=tmp_path / "no" / "c")
+
+
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_in_mixed_precision_the_forward_pass_is_short_and_the_weights_are_not(precision):
     seen = []
@@ -431,6 +464,18 @@ def test_training_on_kept_features_is_training_on_images():
     train(on_features, cached, epochs=2)
     for a, b in zip(on_images.heads.parameters(), on_features.heads.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_every_process_has_samples_in_every_batch_of_kept_features(monkeypatch):
+    cached = training.Cached([torch.arange(9.0)[:, None]], torch.zeros(9, dtype=torch.int64), batch_size=4)
+    shares = []
+    for own in range(3):
+        monkeypatch.setattr(training, "rank", lambda own=own: (own, 3))
+        shares.append([features[0].flatten().tolist() for features, _ in cached])
+    assert all(len(batch) > 0 for share in shares for batch in share)
+    whole = [sorted({x for share in shares for x in share[j]}) for j in range(3)]
+    assert [len(rows) for rows in whole] == [4, 4, 1] and set().union(*whole) == set(range(9))
+    assert [len(share[0]) for share in shares] == [2, 1, 1]
 
 
 def test_an_epoch_takes_every_sample_once_in_some_variant():

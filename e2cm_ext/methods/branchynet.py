@@ -107,6 +107,7 @@ def train(
         seed=seed,
         checkpoint=checkpoint,
         precision=precision,
+        num_classes=ee.num_classes,
         progress=progress,
     )
     training.finish(ee)

@@ -113,7 +113,7 @@ def train(
     with momentum 0.9 and weight decay 1e-4, learning rate 0.1, a tenth of it after 35, 60 and 85 of 100 epochs. See
     training.run for the rest.
     """
-    epochs = epochs or (100 if joint else 25)
+    epochs = (100 if joint else 25) if epochs is None else epochs
     module: nn.Module
     parts: tuple[float, ...]
     if joint:
@@ -137,6 +137,7 @@ def train(
         seed=seed,
         checkpoint=checkpoint,
         precision=precision,
+        num_classes=ee.num_classes,
         progress=progress,
     )
     training.finish(ee)

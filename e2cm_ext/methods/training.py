@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .. import files, passes
+from .. import data, files, passes
 from ..early_exit import EarlyExit, fingerprint
 from .learned import LearnedHead
 
@@ -188,7 +188,9 @@ class Cached:
         order = self.drawn()[order]
         own, processes = rank()
         for first in range(0, len(order), self.batch_size):
-            yield self.batch(order[first : first + self.batch_size][own::processes])
+            rows = order[first : first + self.batch_size]
+            # Of a last batch with fewer samples than processes some go to several, since none can do without.
+            yield self.batch(rows[own % len(rows) :: processes])
 
     def drawn(self) -> Tensor:
         """[samples]: in which row each sample's variant of this epoch stands."""
@@ -341,6 +343,7 @@ def run(
     checkpoint: str | os.PathLike[str] | None = None,
     every: float = 60.0,
     precision: torch.dtype | None = None,
+    num_classes: int | None = None,
     progress: bool = True,
 ) -> list[float]:
     """Trains `module`; returns the mean loss of every epoch. It is left in eval mode.
@@ -349,8 +352,13 @@ def run(
     sampler or batch_sampler, is called before every epoch. optimizer: of the module's parameters; schedule: stepped
     after every epoch. checkpoint: a file to go on from if it is there, written every so many seconds (under
     torch.distributed at the end of epochs only) and at the end. precision: of the forward pass, by autocast; None: on
-    GPUs torch.bfloat16 where they have it, else float32. torch's generators are left as they were.
+    GPUs torch.bfloat16 where they have it, else float32. num_classes: labels are classes, and looked at before they get
+    into the loss. torch's generators are left as they were.
     """
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+        raise ValueError(f"`epochs` is {epochs!r}; wanted a whole number, 0 or more")
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise FileNotFoundError(f"`checkpoint` is {str(checkpoint)!r}: there is no such folder to write it to")
     device, _ = passes.place_of(module)
     kind = device.type
     if precision is None and kind == "cuda" and torch.cuda.is_bf16_supported():
@@ -377,6 +385,12 @@ def run(
                             if number == state.batch - 1:
                                 state.restore_random_numbers(devices)
                             continue
+                        if num_classes is not None:
+                            count = len(inputs[0] if isinstance(inputs, list) else inputs)
+                            labels = data.class_numbers(labels, f"batch {number}", count, num_classes)
+                            if count == 0 and processes == 1:  # the mean of no losses is NaN
+                                state.batch += 1
+                                continue
                         inputs, labels = _to(inputs, device), _to(labels, device)
                         optimizer.zero_grad()
                         with torch.autocast(kind, precision, enabled=precision is not None):
@@ -388,9 +402,9 @@ def run(
                         if checkpoint is not None and processes == 1 and time.monotonic() - written >= every:
                             state.save(Path(checkpoint), devices)
                             written = time.monotonic()
+                state.close_epoch()
                 if schedule is not None:
                     schedule.step()
-                state.close_epoch()
                 if checkpoint is not None and own == 0:
                     state.save(Path(checkpoint), devices)
         finally:
