@@ -42,6 +42,8 @@ class TorchCascade:
     """
 
     def __init__(self, package: Package) -> None:
+        if not isinstance(package, Package):
+            raise TypeError(f"`package` is a {type(package).__name__}; wanted a Package: `load` takes a path")
         self.manifest, self.exit_names = package.manifest, package.exit_names
         self._package = package
         self._thresholds = torch.tensor([stage.threshold for stage in package.stages[:-1]], dtype=torch.float32)

@@ -111,6 +111,11 @@ class EarlyExit(nn.Module):
     ) -> None:
         super().__init__()
         decide = rule_named(rule)
+        if isinstance(model, EarlyExit):
+            raise TypeError(
+                "`model` is an EarlyExit, which has its exits; wanted the network itself, or for fewer of these exits "
+                "`select` or `at_exits`"
+            )
         stages = cut(model, example_input, exits)
         shapes, found = _shapes(stages, example_input[:1])
         if num_classes not in (None, found):
@@ -641,7 +646,7 @@ class EarlyExit(nn.Module):
         A ValueError says what does not fit: the file (not ours, of another version, truncated, damaged) or the model.
         rule: needed if it was one of your own. Heads of your own: the module that defines them must be imported.
         """
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) or isinstance(model, EarlyExit):
             raise TypeError(f"`model` is a {type(model).__name__}; wanted the torch.nn.Module that {path} was made for")
         passes.refuse_train_mode(model, "load")
         tensors, info = files.read(path, _KIND)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import notices
 from .head import KINDS, Head, total
 from .means import ClassMeans, PooledMeans, channel_axis
 from .whitened import WhitenedMeans, statistics_of, suits
@@ -40,6 +41,7 @@ def build(
     make: Callable[[int, tuple[int, ...]], Head]
     if isinstance(head, str) and head == WhitenedMeans.kind:
         make = _whitened
+        _warn_of_channels(sizes)
     elif isinstance(head, str):
         make = _class_of(head, "`head` is", [*KINDS, "auto"])
     elif callable(head) and not isinstance(head, nn.Module):
@@ -51,6 +53,18 @@ def build(
 
 def _whitened(num_classes: int, shape: tuple[int, ...]) -> Head:
     return (WhitenedMeans if suits(shape) else ClassMeans)(num_classes, shape)
+
+
+def _warn_of_channels(shapes: list[tuple[int, ...]]) -> None:
+    """Of maps that are square only if it is the last axis that holds the channels, as in Swin Transformers."""
+    for shape in shapes:
+        if len(shape) == 3 and shape[0] == shape[1] < shape[2]:
+            notices.warn(
+                f"features of shape {list(shape)} are taken for {shape[0]} channels of maps {shape[1]} x {shape[2]}; "
+                "if they are rows x columns x channels, whitened means need to be told so: head=lambda k, shape: "
+                "WhitenedMeans(k, shape, statistics=statistics_of(shape, channels=-1)), both from e2cm_ext.heads"
+            )
+            return
 
 
 def _within(memory: int, num_classes: int, shapes: list[tuple[int, ...]]) -> list[Head]:

@@ -113,6 +113,8 @@ class OnnxCascade:
     ) -> None:
         import onnxruntime as ort
 
+        if not isinstance(package, Package):
+            raise TypeError(f"`package` is a {type(package).__name__}; wanted a Package: `load` takes a path")
         if options is None:
             options = ort.SessionOptions()
             # Every stage has its own threads: those of a stage that has finished must not keep the next one's cores.

@@ -419,12 +419,17 @@ def test_interrupted_nothing_is_written(folder, tmp_path):
     assert os.listdir(tmp_path) == ["old.e2cm"] and (tmp_path / "old.e2cm").read_bytes() == old
 
 
+def test_it_is_a_module_to_run_too():
+    words = [sys.executable, "-m", "e2cm_ext", "--help"]
+    assert subprocess.run(words, capture_output=True, text=True).stdout.startswith("Usage: e2cm ")
+
+
 def test_a_full_disk_is_one_line(folder):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:
         program = subprocess.run(
-            [sys.executable, "-c", "from e2cm_ext.cli import main; main()", "info"],
+            [sys.executable, "-m", "e2cm_ext", "info"],
             stdout=full, stderr=subprocess.PIPE, text=True, cwd=folder,
         )  # fmt: skip
     assert program.returncode != 0 and "Traceback" not in program.stderr

@@ -1225,6 +1225,15 @@ def test_the_fingerprint_is_of_names_shapes_dtypes_and_values():
     assert len({first, *different}) == 6
 
 
+def test_a_network_with_exits_is_not_given_more(tmp_path):
+    ee = EarlyExit(net(), samples(1)).fit(loader(), progress=False)
+    with pytest.raises(TypeError, match="`model` is an EarlyExit, which has its exits; wanted the network itself"):
+        EarlyExit(ee, samples(1))
+    ee.save(tmp_path / "file")
+    with pytest.raises(TypeError, match=r"`model` is a EarlyExit; wanted the torch\.nn\.Module that"):
+        EarlyExit.load(tmp_path / "file", ee)
+
+
 # ---- docs -----------------------------------------------------------------------------------------
 
 

@@ -225,6 +225,13 @@ def test_a_sample_with_a_nan_never_leaves_early(packed, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_a_path_in_the_place_of_a_package_is_refused(packed, format):
+    made = runner.OnnxCascade if format == "onnx" else deploy.TorchCascade
+    with pytest.raises(TypeError, match="`package` is a str; wanted a Package: `load` takes a path"):
+        made(str(packed(format).path))
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_images_that_do_not_fit_are_refused(packed, format):
     cascade = deploy.load(packed(format).path, threads=1)
     images = as_wanted(format, samples(2))

@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import textwrap
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from e2cm_ext import Decisions, means, ops
-from e2cm_ext.heads import ClassMeans, Head, PooledMeans, build, from_config, total
+from e2cm_ext.heads import ClassMeans, Head, PooledMeans, WhitenedMeans, build, from_config, total
 from e2cm_ext.rules import Rule, rule
 
 CONFIDENCE = rule("confidence")
@@ -780,6 +781,15 @@ def test_flops():
 
 
 # ---- making heads ------------------------------------------------------------------------------------------------
+
+
+def test_maps_that_seem_to_hold_their_channels_last_are_spoken_of():
+    with pytest.warns(UserWarning, match=r"\[14, 14, 96\] are taken for 14 channels of maps 14 x 96"):
+        build("whitened_means", 3, [(16, 8, 8), (14, 14, 96), (7, 7, 192)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build("whitened_means", 3, [(16, 16, 16), (64, 8, 8), (8, 8, 1), (3, 16, 32), (5, 7), (9,)])
+        build(lambda k, shape: WhitenedMeans(k, shape), 3, [(14, 14, 96)])
 
 
 def test_build_by_name_class_and_function():
