@@ -117,6 +117,8 @@ class EarlyExit(nn.Module):
                 "`select` or `at_exits`"
             )
         stages = cut(model, example_input, exits)
+        if isinstance(head, str) and passes.place_of(stages)[1] is torch.float64:
+            raise TypeError("`model` is torch.float64; exits take float32, bfloat16 or float16: call model.float()")
         shapes, found = _shapes(stages, example_input[:1])
         if num_classes not in (None, found):
             raise ValueError(f"`num_classes` is {num_classes!r}; the model answers with {found} logits")

@@ -1225,6 +1225,11 @@ def test_the_fingerprint_is_of_names_shapes_dtypes_and_values():
     assert len({first, *different}) == 6
 
 
+def test_a_network_in_double_is_refused_before_the_work():
+    with pytest.raises(TypeError, match=r"`model` is torch.float64; exits take .*call model.float\(\)"):
+        EarlyExit(net().double(), samples(1).double())
+
+
 def test_a_network_with_exits_is_not_given_more(tmp_path):
     ee = EarlyExit(net(), samples(1)).fit(loader(), progress=False)
     with pytest.raises(TypeError, match="`model` is an EarlyExit, which has its exits; wanted the network itself"):
