@@ -352,9 +352,10 @@ def test_what_cannot_be_exported_is_said(tmp_path, packed):
     with pytest.raises(ValueError, match="`format` is 'tflite'; wanted 'onnx', 'torch', 'aoti'"):
         ee.export(tmp_path / "p.zip", "tflite")
     if HAS_ONNX:
-        half = e2cm.EarlyExit(net().double(), torch.zeros(1, *SHAPE, dtype=torch.float64))
+        example = torch.zeros(1, *SHAPE, dtype=torch.float64)
+        double = e2cm.EarlyExit(net().double(), example, head=e2cm.WhitenedMeans)  # by name it would be refused here
         with pytest.raises(ValueError, match=r"the network is torch.float64; .* call .float\(\) first"):
-            half.export(tmp_path / "p.zip")
+            double.export(tmp_path / "p.zip")
     ee.train()
     with pytest.raises(RuntimeError, match="export needs a network in eval mode"):
         ee.export(tmp_path / "p.zip", "torch")
