@@ -419,9 +419,10 @@ def test_interrupted_nothing_is_written(folder, tmp_path):
     assert os.listdir(tmp_path) == ["old.e2cm"] and (tmp_path / "old.e2cm").read_bytes() == old
 
 
-def test_it_is_a_module_to_run_too():
+def test_it_is_a_module_to_run_too(tmp_path):
     words = [sys.executable, "-m", "e2cm_ext", "--help"]
-    assert subprocess.run(words, capture_output=True, text=True).stdout.startswith("Usage: e2cm ")
+    ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)  # not in a checkout that is not built
+    assert ran.stdout.startswith("Usage: e2cm "), ran.stderr
 
 
 def test_a_full_disk_is_one_line(folder):
