@@ -9,6 +9,7 @@ conversions, a sum and an activation. An average over windows of 1 x 1 changes n
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ def keep_blocked(graph: GraphProto) -> None:
         if _is_blocked(node, blocked, channels):
             blocked.add(node.output[0])
         nodes.append(node)
-    kept = [helper.make_node("", [], []) for _ in nodes]
-    for copy, node in zip(kept, nodes, strict=True):
-        copy.CopyFrom(node)
+    kept = copy.deepcopy(nodes)  # the graph's own go with its list
     del graph.node[:]
     graph.node.extend(kept)
 

@@ -160,6 +160,11 @@ def per_class(name: str, scale: Tensor, classes: int, like: Tensor) -> Tensor:
     return scale if scale.dtype is _FLOAT32 and scale.is_contiguous() else scale.float().contiguous()
 
 
+def is_number(value: object) -> bool:
+    """Also numpy's and torch's; True is none."""
+    return hasattr(value, "__float__") and not isinstance(value, bool)
+
+
 def threshold_value(threshold: object) -> float:
     if type(threshold) is float and threshold == threshold:  # the usual case
         return threshold

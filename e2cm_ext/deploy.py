@@ -21,7 +21,7 @@ from torch import Tensor
 from .cascade import write
 from .decisions import Decisions
 from .record import threshold_vector
-from .runner import Answers, OnnxCascade, Package
+from .runner import Answers, OnnxCascade, Package, refuse_other
 
 __all__ = ["Answers", "OnnxCascade", "TorchCascade", "load"]
 
@@ -42,8 +42,7 @@ class TorchCascade:
     """
 
     def __init__(self, package: Package) -> None:
-        if not isinstance(package, Package):
-            raise TypeError(f"`package` is a {type(package).__name__}; wanted a Package: `load` takes a path")
+        refuse_other(package)
         self.manifest, self.exit_names = package.manifest, package.exit_names
         self._package = package
         self._thresholds = torch.tensor([stage.threshold for stage in package.stages[:-1]], dtype=torch.float32)

@@ -39,7 +39,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import binomial, calibration, notices
+from . import binomial, calibration, checks, notices
 from .calibration import Method, OperatingPoint
 from .record import Record
 
@@ -121,17 +121,12 @@ def guaranteed(
 
 def check_risk(epsilon: float, delta: float, of: str) -> None:
     for name, value, example in (("epsilon", epsilon, 0.01), ("delta", delta, 0.05)):
-        if not is_number(value):
+        if not checks.is_number(value):
             raise TypeError(f"`{name}` of `risk` is {value!r}; wanted a number, such as {example}")
         if not 0 < value < 1:
             raise ValueError(f"`{name}` of `risk` is {value}; wanted a number between 0 and 1, such as {example}")
     if of not in ("accuracy", "agreement"):
         raise ValueError(f"`of` is {of!r}; wanted 'accuracy' or 'agreement'")
-
-
-def is_number(value: object) -> bool:
-    """Also numpy's and torch's; True is none."""
-    return hasattr(value, "__float__") and not isinstance(value, bool)
 
 
 def passing(p_values: Iterable[float], delta: float) -> list[float]:

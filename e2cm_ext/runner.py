@@ -96,6 +96,11 @@ class Package:
             raise TypeError(f"`images` is {dtype}; wanted {self.image_dtype} [{wanted}]")
 
 
+def refuse_other(package: object) -> None:
+    if not isinstance(package, Package):
+        raise TypeError(f"`package` is a {type(package).__name__}; wanted a Package: `load` takes a path")
+
+
 class OnnxCascade:
     """A network with early exits, on ONNX Runtime. Any number of threads may call one of them.
 
@@ -113,8 +118,7 @@ class OnnxCascade:
     ) -> None:
         import onnxruntime as ort
 
-        if not isinstance(package, Package):
-            raise TypeError(f"`package` is a {type(package).__name__}; wanted a Package: `load` takes a path")
+        refuse_other(package)
         if options is None:
             options = ort.SessionOptions()
             # Every stage has its own threads: those of a stage that has finished must not keep the next one's cores.

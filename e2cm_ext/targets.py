@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import calibration, processes
+from . import calibration, checks, processes
 from .calibration import Curve, Method, OperatingPoint
-from .guarantee import Of, check_risk, guaranteed, is_number
+from .guarantee import Of, check_risk, guaranteed
 from .profile import Profile, check_batch_size, fastest
 from .record import Record
 
@@ -51,7 +51,7 @@ class Target:
         check_batch_size(self.batch_size, self.profile)
         for name in ("flops", "accuracy_drop", "latency", "milliseconds"):
             limit = getattr(self, name)
-            if limit is not None and not is_number(limit):
+            if limit is not None and not checks.is_number(limit):
                 raise TypeError(f"`{name}` is {limit!r}; wanted a number, {_EXAMPLES[name]}")
             if limit is not None and name in ("latency", "milliseconds") and not limit > 0:
                 raise ValueError(f"`{name}` is {limit}; wanted a number above 0, {_EXAMPLES[name]}")
