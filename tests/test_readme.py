@@ -66,6 +66,9 @@ def test_the_tour_of_the_command_line(tmp_path):
     assert "accuracy" in found.stdout and (tmp_path / "resnet56.html").stat().st_size > 10_000
 
 
+OPTIONAL = {"onnxruntime", "ray"}  # of extras that the tests do without; .ci/run has them
+
+
 def test_every_other_block_is_run_by_ci():
     """.ci/run takes them out of the README by their first words, see `readme` there. Benches take their time: of these
     only the options are looked at, here."""
@@ -79,4 +82,6 @@ def test_every_other_block_is_run_by_ci():
         )
         assert benches or run, f"not run: {block}"
         for bench in benches:
-            assert subprocess.run([sys.executable, ROOT / bench, "--help"], capture_output=True).returncode == 0
+            ran = subprocess.run([sys.executable, ROOT / bench, "--help"], capture_output=True, text=True)
+            missing = re.search(r"No module named '(\w+)'", ran.stderr)
+            assert ran.returncode == 0 or (missing and missing[1] in OPTIONAL), ran.stderr
