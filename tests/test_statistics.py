@@ -386,6 +386,18 @@ def test_class_scores_of_statistics_are_those_of_what_ops_statistics_says():
             assert same_bits(a, b)
 
 
+@pytest.mark.parametrize("classes", [7, 40])
+def test_an_infinite_weight_rules_its_class_out_or_spoils_the_sample(classes):
+    x, weight, bias = torch.rand(5, 600) + 0.1, torch.randn(classes, 600), torch.zeros(classes)
+    weight[3, 550] = -INF
+    x[1, 550], x[2, 550] = -1, 0  # against the infinity: too likely, or no number
+    x[4, 20] = 1e25  # whose square is infinite
+    got, expected = ops.linear_scores(x, weight, bias), reference.linear_scores(x, weight, bias)
+    assert got.log_probs[:, 3].isneginf().tolist() == [True, False, False, True, True]
+    assert got.confidence.isnan().tolist() == [False, True, True, False, False]
+    torch.testing.assert_close(got.log_probs, expected[2].float(), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
 def test_a_class_with_a_bias_of_minus_infinity_is_never_predicted():
     x, weight, bias = torch.rand(9, 8, 4, 4), torch.ones(3, 128), torch.tensor([0.0, -INF, -1.0])
     weight[1] = 100

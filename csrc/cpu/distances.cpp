@@ -162,7 +162,7 @@ void PairSums::add_products(const Piece& piece, float* scratch) {
     const float* const center = center_ ? center_ + at : nullptr;
     const bool last = at + n == x_.dim;
     Ahead rows_ahead{address(x_, piece.first, at + n), last ? 0 : piece.rows, x_.stride * x_size, kBlock * x_size};
-    isa_.load_block(element(x_, piece.first, at), x_.dtype, x_.stride, center, piece.rows, n, rows, row_norms);
+    isa_.load_rows(element(x_, piece.first, at), x_.dtype, x_.stride, center, piece.rows, n, rows, row_norms);
     for (int64_t k = piece.first_class; k < end; k += width) {
       const int64_t count = std::min(width, end - k);
       const bool wraps = k + width >= end;
@@ -244,6 +244,18 @@ void Distances::lanes_of_many(int64_t first, float* out) const {
 Logits::Logits(const Rows& x, const Linear& head, int threads)
     : PairSums(Of::products, x, head.weight, nullptr, threads), bias_(head.bias) {}
 
+// Where a NaN came from: whole numbers, which some units make products of, know neither NaN nor infinity.
+double Logits::the_long_way(int64_t row, int64_t k) const {
+  return visit(element(x_, row, 0), x_.dtype, [&](const auto* x) {
+    return visit(element(classes_, k, 0), classes_.dtype, [&](const auto* weight) {
+      double total = bias_[k];
+      for (int64_t i = 0; i < x_.dim && !std::isnan(total); ++i)
+        total += static_cast<double>(to_float(x[i])) * to_float(weight[i]);
+      return total;
+    });
+  });
+}
+
 void Logits::lanes(int64_t first, float* out) const {
   for (int64_t k = 0; k < classes_.rows; ++k) {
     double logits[kLanes];
@@ -251,7 +263,10 @@ void Logits::lanes(int64_t first, float* out) const {
     const double* sums = sums_ + first * ld_ + k * class_stride_;
     for (int64_t s = 0; s < splits_; ++s, sums += split_stride_)
       for (int64_t j = 0; j < kLanes; ++j) logits[j] += sums[j * ld_];
-    for (int64_t j = 0; j < kLanes; ++j) out[k * kLanes + j] = -static_cast<float>(logits[j]);
+    for (int64_t j = 0; j < kLanes; ++j) {
+      if (std::isnan(logits[j]) && first + j < x_.rows) logits[j] = the_long_way(first + j, k);
+      out[k * kLanes + j] = -static_cast<float>(logits[j]);
+    }
   }
 }
 
