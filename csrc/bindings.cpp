@@ -32,9 +32,10 @@ e2cm::Rows rows_at(Address data, int dtype, int64_t rows, int64_t dim, int64_t s
 }
 
 void class_distances(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means,
-                     int means_dtype, int64_t classes, Address center, Address out, int threads) {
+                     int means_dtype, int64_t classes, Address center, Address packed, Address out, int threads) {
   py::gil_scoped_release unlocked;
-  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, dim, dim), at<const float>(center), nullptr};
+  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, dim, dim), at<const float>(center), nullptr,
+                              at<const void>(packed)};
   e2cm::class_distances(rows_at(x, x_dtype, rows, dim, x_stride), head, at<float>(out), threads);
 }
 
@@ -59,6 +60,11 @@ auto with_features(const X& x, const Statistics& statistics, const Body& body) {
   return body(rows_at(x.data, x.dtype, x.rows, x.dim, x.stride));
 }
 
+void pack(Address vectors, int dtype, int64_t classes, int64_t dim, Address center, Address packed, int threads) {
+  py::gil_scoped_release unlocked;
+  e2cm::pack(rows_at(vectors, dtype, classes, dim, dim), at<const float>(center), at<void>(packed), threads);
+}
+
 void statistics(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, const Numbers& numbers,
                 Address out, int threads) {
   const e2cm::Pooled pooled = pooled_at({x, x_dtype, rows, dim, x_stride}, numbers);
@@ -67,33 +73,36 @@ void statistics(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_str
 }
 
 void class_scores(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means, int means_dtype,
-                  int64_t classes, int64_t means_dim, Address center, Address scale, Address confidence,
+                  int64_t classes, int64_t means_dim, Address center, Address packed, Address scale, Address confidence,
                   Address prediction, Address log_probs, const Statistics& statistics, int threads) {
   py::gil_scoped_release unlocked;
   const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, means_dim, means_dim), at<const float>(center),
-                              at<const float>(scale)};
+                              at<const float>(scale), at<const void>(packed)};
   const e2cm::Answers out{rows, classes, at<float>(confidence), at<int64_t>(prediction), nullptr, at<float>(log_probs)};
   with_features({x, x_dtype, rows, dim, x_stride}, statistics,
                 [&](const auto& features) { e2cm::class_scores(features, head, out, threads); });
 }
 
 void linear_scores(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address weight,
-                   int weight_dtype, int64_t classes, int64_t weight_dim, Address bias, Address confidence,
-                   Address prediction, Address log_probs, const Statistics& statistics, int threads) {
+                   int weight_dtype, int64_t classes, int64_t weight_dim, Address packed, Address bias,
+                   Address confidence, Address prediction, Address log_probs, const Statistics& statistics,
+                   int threads) {
   py::gil_scoped_release unlocked;
-  const e2cm::Linear head{rows_at(weight, weight_dtype, classes, weight_dim, weight_dim), at<const float>(bias)};
+  const e2cm::Linear head{rows_at(weight, weight_dtype, classes, weight_dim, weight_dim), at<const float>(bias),
+                          at<const void>(packed)};
   const e2cm::Answers out{rows, classes, at<float>(confidence), at<int64_t>(prediction), nullptr, at<float>(log_probs)};
   with_features({x, x_dtype, rows, dim, x_stride}, statistics,
                 [&](const auto& features) { e2cm::linear_scores(features, head, out, threads); });
 }
 
 int64_t exit_step(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means, int means_dtype,
-                  int64_t classes, int64_t means_dim, Address center, Address scale, int rule, float threshold,
-                  int64_t exit_number, Address ids, int64_t out_rows, Address confidence, Address prediction,
-                  Address exit, Address log_probs, Address keep, const Statistics& statistics, int threads) {
+                  int64_t classes, int64_t means_dim, Address center, Address packed, Address scale, int rule,
+                  float threshold, int64_t exit_number, Address ids, int64_t out_rows, Address confidence,
+                  Address prediction, Address exit, Address log_probs, Address keep, const Statistics& statistics,
+                  int threads) {
   py::gil_scoped_release unlocked;
   const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, means_dim, means_dim), at<const float>(center),
-                              at<const float>(scale)};
+                              at<const float>(scale), at<const void>(packed)};
   const e2cm::Departure departure{static_cast<e2cm::Rule>(rule), threshold, exit_number, at<const int64_t>(ids)};
   const e2cm::Answers out{
       out_rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
@@ -103,11 +112,13 @@ int64_t exit_step(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_s
 }
 
 int64_t linear_step(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address weight,
-                    int weight_dtype, int64_t classes, int64_t weight_dim, Address bias, int rule, float threshold,
-                    int64_t exit_number, Address ids, int64_t out_rows, Address confidence, Address prediction,
-                    Address exit, Address log_probs, Address keep, const Statistics& statistics, int threads) {
+                    int weight_dtype, int64_t classes, int64_t weight_dim, Address packed, Address bias, int rule,
+                    float threshold, int64_t exit_number, Address ids, int64_t out_rows, Address confidence,
+                    Address prediction, Address exit, Address log_probs, Address keep, const Statistics& statistics,
+                    int threads) {
   py::gil_scoped_release unlocked;
-  const e2cm::Linear head{rows_at(weight, weight_dtype, classes, weight_dim, weight_dim), at<const float>(bias)};
+  const e2cm::Linear head{rows_at(weight, weight_dtype, classes, weight_dim, weight_dim), at<const float>(bias),
+                          at<const void>(packed)};
   const e2cm::Departure departure{static_cast<e2cm::Rule>(rule), threshold, exit_number, at<const int64_t>(ids)};
   const e2cm::Answers out{
       out_rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
@@ -309,29 +320,35 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
 
   m.def("class_distances", &class_distances, "Distances of all rows to all means, [rows, classes] float32.",
         py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
-        py::arg("means_dtype"), py::arg("classes"), py::arg("center"), py::arg("out"), py::arg("threads"));
+        py::arg("means_dtype"), py::arg("classes"), py::arg("center"), py::arg("packed"), py::arg("out"),
+        py::arg("threads"));
+  m.def("packed_bytes", &e2cm::packed_bytes, "Room that pack needs; 0: there is nothing to be made.",
+        py::arg("classes"), py::arg("dim"));
+  m.def("pack", &pack, "Means or weights in the form that rows are multiplied with.", py::arg("vectors"),
+        py::arg("dtype"), py::arg("classes"), py::arg("dim"), py::arg("center"), py::arg("packed"), py::arg("threads"));
   m.def("statistics", &statistics, "Statistics of all rows, float32.", py::arg("x"), py::arg("x_dtype"),
         py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("statistics"), py::arg("out"),
         py::arg("threads"));
   m.def("class_scores", &class_scores, "Confidence, prediction and log-probabilities of all rows.", py::arg("x"),
         py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
-        py::arg("means_dtype"), py::arg("classes"), py::arg("means_dim"), py::arg("center"), py::arg("scale"),
-        py::arg("confidence"), py::arg("prediction"), py::arg("log_probs"), py::arg("statistics"), py::arg("threads"));
+        py::arg("means_dtype"), py::arg("classes"), py::arg("means_dim"), py::arg("center"), py::arg("packed"),
+        py::arg("scale"), py::arg("confidence"), py::arg("prediction"), py::arg("log_probs"), py::arg("statistics"),
+        py::arg("threads"));
   m.def("linear_scores", &linear_scores, "class_scores of a linear head.", py::arg("x"), py::arg("x_dtype"),
         py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_dtype"),
-        py::arg("classes"), py::arg("weight_dim"), py::arg("bias"), py::arg("confidence"), py::arg("prediction"),
-        py::arg("log_probs"), py::arg("statistics"), py::arg("threads"));
+        py::arg("classes"), py::arg("weight_dim"), py::arg("packed"), py::arg("bias"), py::arg("confidence"),
+        py::arg("prediction"), py::arg("log_probs"), py::arg("statistics"), py::arg("threads"));
   m.def("exit_step", &exit_step, "Answers of the rows that leave; returns how many stay, their numbers in keep.",
         py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
-        py::arg("means_dtype"), py::arg("classes"), py::arg("means_dim"), py::arg("center"), py::arg("scale"),
-        py::arg("rule"), py::arg("threshold"), py::arg("exit_number"), py::arg("ids"), py::arg("out_rows"),
-        py::arg("confidence"), py::arg("prediction"), py::arg("exit"), py::arg("log_probs"), py::arg("keep"),
-        py::arg("statistics"), py::arg("threads"));
+        py::arg("means_dtype"), py::arg("classes"), py::arg("means_dim"), py::arg("center"), py::arg("packed"),
+        py::arg("scale"), py::arg("rule"), py::arg("threshold"), py::arg("exit_number"), py::arg("ids"),
+        py::arg("out_rows"), py::arg("confidence"), py::arg("prediction"), py::arg("exit"), py::arg("log_probs"),
+        py::arg("keep"), py::arg("statistics"), py::arg("threads"));
   m.def("linear_step", &linear_step, "exit_step of a linear head.", py::arg("x"), py::arg("x_dtype"), py::arg("rows"),
         py::arg("dim"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_dtype"), py::arg("classes"),
-        py::arg("weight_dim"), py::arg("bias"), py::arg("rule"), py::arg("threshold"), py::arg("exit_number"),
-        py::arg("ids"), py::arg("out_rows"), py::arg("confidence"), py::arg("prediction"), py::arg("exit"),
-        py::arg("log_probs"), py::arg("keep"), py::arg("statistics"), py::arg("threads"));
+        py::arg("weight_dim"), py::arg("packed"), py::arg("bias"), py::arg("rule"), py::arg("threshold"),
+        py::arg("exit_number"), py::arg("ids"), py::arg("out_rows"), py::arg("confidence"), py::arg("prediction"),
+        py::arg("exit"), py::arg("log_probs"), py::arg("keep"), py::arg("statistics"), py::arg("threads"));
   m.def("decide", &decide, "exit_step for scores that another head has made.", py::arg("scores"),
         py::arg("scores_dtype"), py::arg("rows"), py::arg("classes"), py::arg("scores_stride"), py::arg("scale"),
         py::arg("rule"), py::arg("threshold"), py::arg("exit_number"), py::arg("ids"), py::arg("out_rows"),

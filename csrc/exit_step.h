@@ -35,18 +35,21 @@ struct Rows {
 };
 
 // means: [classes, dim] in the memory order of the features. center: [dim] or null, any vector near the data; it
-// changes no result, only what rounding does to it (null: the average of the means is taken). scale: [classes].
+// changes no result, only what rounding does to it (null: the origin). scale: [classes]. packed: what `pack` has made
+// of the means and the center, or null.
 struct ClassMeans {
   Rows means;
   const float* center;
   const float* scale;
+  const void* packed = nullptr;
 };
 
 // logits[b][k] = weight[k] . x[b] + bias[k]. weight: [classes, dim] in the memory order of the features, bias:
-// [classes]. A bias of -inf: a class that is never predicted.
+// [classes]. A bias of -inf: a class that is never predicted. packed: what `pack` has made of the weights, or null.
 struct Linear {
   Rows weight;
   const float* bias;
+  const void* packed = nullptr;
 };
 
 // Feature maps: every sample is dense, [channels, height, width] or, with channels_last, [height, width, channels];
@@ -135,6 +138,11 @@ void statistics(const Maps& maps, const Statistics& wanted, float* out, int thre
 // exit_step for scores that some other head has made: logits if `scale` is null, else distances to be divided by it.
 int64_t decide(const Rows& scores, const float* scale, const Departure& departure, const Answers& out, int64_t* keep,
                int threads);
+
+// Means or weights of many classes in the form that rows are multiplied with here, made once for many calls: no result
+// changes. packed_bytes: the room that it takes; 0 for so few classes that there is nothing to be made.
+int64_t packed_bytes(int64_t classes, int64_t dim);
+void pack(const Rows& vectors, const float* center, void* packed, int threads);
 
 // The numbers of the true bytes of mask[rows]; returns their count.
 int64_t kept_rows(const uint8_t* mask, int64_t rows, int64_t* keep);

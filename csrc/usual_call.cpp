@@ -401,6 +401,11 @@ bool is_head(const Tensor& t, const Batch& x, const Looks& looks) {
   return looks.at_x ? x.is_order_of(t, 1) : looks.size > 0 && is_matrix(t, t.shape[0], looks.size);
 }
 
+// Is t what packed.py has made of a head? No head: null.
+bool is_packed(const Tensor* t, int64_t classes, int64_t dim) {
+  return !t || (is_dtype(*t, dlpack::kUInt, 8) && is_vector(*t, packed_bytes(classes, dim)));
+}
+
 // kernel(features, keep) for the rows of x, or for their statistics.
 template <class Kernel>
 PyObject* run_head(const Call& call, DType dtype, const Looks& looks, const Kernel& kernel) {
@@ -411,22 +416,23 @@ PyObject* run_head(const Call& call, DType dtype, const Looks& looks, const Kern
 }
 
 PyObject* usual_exit_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 11) return PyErr_Format(PyExc_TypeError, "usual_exit_step takes 11 arguments, not %zd", count);
+  if (count != 12) return PyErr_Format(PyExc_TypeError, "usual_exit_step takes 12 arguments, not %zd", count);
   Call call;
   PyObject* const out = args[5];
-  if (!torch.exchange || !call.take_rule(args[3], args[8], args[9], args[10]) || !is_out(out)) return unusual();
+  if (!torch.exchange || !call.take_rule(args[3], args[8], args[9], args[11]) || !is_out(out)) return unusual();
   Argument tensors[] = {{args[0]},
                         {args[1]},
                         {args[2]},
                         {args[4]},
                         {args[6], true},
+                        {args[10], true},
                         {PyTuple_GET_ITEM(out, 0)},
                         {PyTuple_GET_ITEM(out, 1)},
                         {PyTuple_GET_ITEM(out, 2)},
                         {PyTuple_GET_ITEM(out, 3), true}};
   if (!look_at(tensors)) return unusual();
   const Tensor &x = tensors[0].view, &means = tensors[1].view, &scale = tensors[2].view;
-  const Tensor* const center = tensors[4].get();
+  const Tensor *const center = tensors[4].get(), *const packed = tensors[5].get();
   DType dtype, means_dtype;
   Looks looks;
   if (!feature_dtype(x, dtype) || !feature_dtype(means, means_dtype) || !call.take_x(args[0], x)) return unusual();
@@ -436,42 +442,47 @@ PyObject* usual_exit_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (center &&
       !(is_float32(*center) && (looks.at_x ? call.x.is_order_of(*center, 0) : is_vector(*center, looks.size))))
     return unusual();
-  if (!call.take_ids(args[4], tensors[3].view)) return unusual();
-  if (!call.take_out(tensors[5].view, tensors[6].view, tensors[7].view, tensors[8].get(), classes)) return unusual();
+  if (!is_packed(packed, classes, looks.size) || !call.take_ids(args[4], tensors[3].view)) return unusual();
+  if (!call.take_out(tensors[6].view, tensors[7].view, tensors[8].view, tensors[9].get(), classes)) return unusual();
 
   const ClassMeans head{{means.data, means_dtype, classes, looks.size, looks.size},
                         center ? static_cast<const float*>(center->data) : nullptr,
-                        static_cast<const float*>(scale.data)};
+                        static_cast<const float*>(scale.data),
+                        packed ? packed->data : nullptr};
   return run_head(call, dtype, looks, [&](const auto& features, int64_t* keep) {
     return exit_step(features, head, call.departure, call.out, keep, call.threads);
   });
 }
 
 PyObject* usual_linear_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 10) return PyErr_Format(PyExc_TypeError, "usual_linear_step takes 10 arguments, not %zd", count);
+  if (count != 11) return PyErr_Format(PyExc_TypeError, "usual_linear_step takes 11 arguments, not %zd", count);
   Call call;
   PyObject* const out = args[5];
-  if (!torch.exchange || !call.take_rule(args[3], args[7], args[8], args[9]) || !is_out(out)) return unusual();
+  if (!torch.exchange || !call.take_rule(args[3], args[7], args[8], args[10]) || !is_out(out)) return unusual();
   Argument tensors[] = {{args[0]},
                         {args[1]},
                         {args[2]},
                         {args[4]},
+                        {args[9], true},
                         {PyTuple_GET_ITEM(out, 0)},
                         {PyTuple_GET_ITEM(out, 1)},
                         {PyTuple_GET_ITEM(out, 2)},
                         {PyTuple_GET_ITEM(out, 3), true}};
   if (!look_at(tensors)) return unusual();
   const Tensor &x = tensors[0].view, &weight = tensors[1].view, &bias = tensors[2].view;
+  const Tensor* const packed = tensors[4].get();
   DType dtype, weight_dtype;
   Looks looks;
   if (!feature_dtype(x, dtype) || !feature_dtype(weight, weight_dtype) || !call.take_x(args[0], x)) return unusual();
   if (!looks.take(args[6], call.x, dtype) || !is_head(weight, call.x, looks)) return unusual();
   const int64_t classes = weight.shape[0];
   if (!is_float32(bias) || !is_vector(bias, classes)) return unusual();
-  if (!call.take_ids(args[4], tensors[3].view)) return unusual();
-  if (!call.take_out(tensors[4].view, tensors[5].view, tensors[6].view, tensors[7].get(), classes)) return unusual();
+  if (!is_packed(packed, classes, looks.size) || !call.take_ids(args[4], tensors[3].view)) return unusual();
+  if (!call.take_out(tensors[5].view, tensors[6].view, tensors[7].view, tensors[8].get(), classes)) return unusual();
 
-  const Linear head{{weight.data, weight_dtype, classes, looks.size, looks.size}, static_cast<const float*>(bias.data)};
+  const Linear head{{weight.data, weight_dtype, classes, looks.size, looks.size},
+                    static_cast<const float*>(bias.data),
+                    packed ? packed->data : nullptr};
   return run_head(call, dtype, looks, [&](const auto& features, int64_t* keep) {
     return linear_step(features, head, call.departure, call.out, keep, call.threads);
   });
@@ -544,11 +555,12 @@ void bind_usual_calls(py::module_& m) {
   m.def("meet_torch", &meet_torch, "Whether this torch can show its tensors to C; to be called once.",
         py::arg("tensor"), py::arg("parameter"), py::arg("decisions"), py::arg("statistics"));
   add<usual_exit_step>(m, "usual_exit_step",
-                       "(x, means, scale, threshold, ids, out, center, statistics, rule, exit, threads) -> "
+                       "(x, means, scale, threshold, ids, out, center, statistics, rule, exit, packed, threads) -> "
                        "(survivors, ids), or None if an argument is not as usual.");
-  add<usual_linear_step>(m, "usual_linear_step",
-                         "(x, weight, bias, threshold, ids, out, statistics, rule, exit, threads) -> (survivors, ids), "
-                         "or None if an argument is not as usual.");
+  add<usual_linear_step>(
+      m, "usual_linear_step",
+      "(x, weight, bias, threshold, ids, out, statistics, rule, exit, packed, threads) -> (survivors, ids), "
+      "or None if an argument is not as usual.");
   add<usual_decide>(m, "usual_decide",
                     "(x, scores, threshold, ids, out, scale, rule, exit, threads) -> (survivors, ids), or None if an "
                     "argument is not as usual.");

@@ -15,9 +15,12 @@ def class_distances(
     means_dtype: int,
     classes: int,
     center: int,
+    packed: int,
     out: int,
     threads: int,
 ) -> None: ...
+def packed_bytes(classes: int, dim: int) -> int: ...
+def pack(vectors: int, dtype: int, classes: int, dim: int, center: int, packed: int, threads: int) -> None: ...
 def statistics(
     x: int,
     x_dtype: int,
@@ -39,6 +42,7 @@ def class_scores(
     classes: int,
     means_dim: int,
     center: int,
+    packed: int,
     scale: int,
     confidence: int,
     prediction: int,
@@ -56,6 +60,7 @@ def linear_scores(
     weight_dtype: int,
     classes: int,
     weight_dim: int,
+    packed: int,
     bias: int,
     confidence: int,
     prediction: int,
@@ -74,6 +79,7 @@ def exit_step(
     classes: int,
     means_dim: int,
     center: int,
+    packed: int,
     scale: int,
     rule: int,
     threshold: float,
@@ -98,6 +104,7 @@ def linear_step(
     weight_dtype: int,
     classes: int,
     weight_dim: int,
+    packed: int,
     bias: int,
     rule: int,
     threshold: float,
@@ -219,6 +226,7 @@ def usual_exit_step(
     statistics: object,
     rule: object,
     exit: object,
+    packed: object,
     threads: int,
     /,
 ) -> tuple[Tensor, Tensor] | None: ...
@@ -232,6 +240,7 @@ def usual_linear_step(
     statistics: object,
     rule: object,
     exit: object,
+    packed: object,
     threads: int,
     /,
 ) -> tuple[Tensor, Tensor] | None: ...

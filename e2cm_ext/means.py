@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checks, ops
 from .decisions import Decisions
 from .head import Head, in_own_dtype, judged, positive, total
+from .packed import Kept, Packed
 from .rules import Confidence, Entropy, Rule
 from .statistics import Statistics
 
@@ -58,6 +59,7 @@ class ClassMeans(Head, kind="class_means"):
         self.register_buffer("scale", torch.full((self.num_classes,), math.nan))
         self.register_buffer("center", torch.zeros(shape))
         self._store_in_order(channels_last)
+        self._kept = Kept()
         self._sums: Tensor | None = None  # [K, *shape] float64 in the memory order of the first batch
         self._squares: Tensor | None = None  # of all features of all samples, float64
         self._distances: Tensor | None = None  # [K] float64
@@ -86,7 +88,7 @@ class ClassMeans(Head, kind="class_means"):
         if turn == 0:
             self._gather(features, labels)
         else:
-            distances = ops.class_distances(features, self.means, self.center).sum(0, dtype=torch.float64)
+            distances = ops.class_distances(features, self._packed()).sum(0, dtype=torch.float64)
             self._distances = _plus(self._distances, distances)
 
     def _gather(self, features: Tensor, labels: Tensor) -> None:
@@ -163,11 +165,14 @@ class ClassMeans(Head, kind="class_means"):
 
     # ---- answering --------------------------------------------------------------------------------------------------
 
+    def _packed(self) -> Packed:
+        return self._kept.packed(self.means, self.center)
+
     def forward(self, x: Tensor) -> Tensor:
-        return ops.class_scores(x, self.means, self.scale, self.center, self.statistics).log_probs
+        return ops.class_scores(x, self._packed(), self.scale, statistics=self.statistics).log_probs
 
     def judge(self, x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-        scores = ops.class_scores(x, self.means, self.scale, self.center, self.statistics)
+        scores = ops.class_scores(x, self._packed(), self.scale, statistics=self.statistics)
         return judged(scores, rule)
 
     def step(
@@ -177,7 +182,7 @@ class ClassMeans(Head, kind="class_means"):
             return super().step(x, threshold, ids, out, rule=rule, exit=exit)
         limit = rule.limit(threshold)
         return ops.exit_step(
-            x, self.means, self.scale, limit, ids, out, self.center, self.statistics, rule=rule.name, exit=exit
+            x, self._packed(), self.scale, limit, ids, out, statistics=self.statistics, rule=rule.name, exit=exit
         )
 
     def decide(
@@ -186,7 +191,7 @@ class ClassMeans(Head, kind="class_means"):
         if not isinstance(rule, Confidence | Entropy):
             return super().decide(x, threshold, ids, out, rule=rule, exit=exit)
         limit = rule.limit(threshold)
-        distances = ops.class_distances(self.features(x), self.means, self.center)  # only these few numbers are moved
+        distances = ops.class_distances(self.features(x), self._packed())  # only these few numbers are moved
         return ops.decide(distances, distances, limit, ids, out, scale=self.scale, rule=rule.name, exit=exit)[1]
 
     def flops(self) -> int:

@@ -6,6 +6,9 @@ operator of the library `e2cm_ext`. Features may be float32, bfloat16 or float16
 order; they are not copied. All arithmetic is float32 or wider, and a sample's answer is the same bits whatever the
 number of threads and whatever batch it sits in.
 
+Class means or weights that meet many batches on the CPU should be packed once (`pack`) if there are more than 24 of
+them: otherwise every call does that work, which takes most of its time if the batch is small. The heads do so.
+
 A sample with a NaN or an infinity among its features gets NaN for a confidence and never leaves. A class whose scale
 is not a positive finite number has no mean: it is never predicted. Ties go to the lowest class. Results carry no
 gradient.
@@ -21,10 +24,12 @@ from torch import Tensor
 
 from . import _native, checks, gpu, reference
 from .decisions import Decisions
+from .packed import Packed, pack
 from .statistics import Statistics
 
 __all__ = [
     "ClassScores",
+    "Packed",
     "class_distances",
     "class_scores",
     "compact",
@@ -32,6 +37,7 @@ __all__ = [
     "exit_step",
     "linear_scores",
     "linear_step",
+    "pack",
     "settle",
     "statistics",
 ]
@@ -69,52 +75,57 @@ def statistics(x: Tensor, wanted: Statistics) -> Tensor:
     return _statistics(x, wanted)
 
 
-def class_distances(x: Tensor, means: Tensor, center: Tensor | None = None) -> Tensor:
+def class_distances(x: Tensor, means: Tensor | Packed, center: Tensor | None = None) -> Tensor:
     """Euclidean distances [B, K] float32 of every sample to every class mean.
 
     `center` is any vector near the data, best the average of the means. It changes no result but what rounding does to
     it: with many classes and features that share a large offset the fast way of computing a distance cancels, which is
     noticed and mended the slow way; a center avoids it. Up to 24 classes nothing can cancel, and it is not looked at.
     """
+    means, center, panels = _parts(means, center)
     if _traced(x, means, center):
         distances: Tensor = _class_distances_op(x, means, center)
         return distances
-    return _class_distances(x, means, center)
+    return _class_distances(x, means, center, panels)
 
 
 def class_scores(
     x: Tensor,
-    means: Tensor,
+    means: Tensor | Packed,
     scale: Tensor,
     center: Tensor | None = None,
     statistics: Statistics | None = None,
 ) -> ClassScores:
     """softmax over k of -||x[b] - means[k]|| / scale[k]: confidence, prediction and log-probabilities of every sample.
 
-    x [B, ...]; means [K, ...] in the shape of x's samples, or [K, D], fastest if stored in x's memory order;
-    scale [K]: the average distance of the training samples to that mean; `center`: see class_distances.
+    x [B, ...]; means [K, ...] in the shape of x's samples, or [K, D], fastest if stored in x's memory order, or what
+    `pack` has made of them and the center; scale [K]: the average distance of the training samples to that mean; `center`: see class_distances.
     `statistics`: of x, to be looked at in its place; means are [K, size] then, and the center is [size].
     """
+    means, center, panels = _parts(means, center)
     if _traced(x, means, scale, center):
         return ClassScores(*_class_scores_op(x, means, scale, center, _numbers(statistics)))
-    return ClassScores(*_class_scores(x, means, scale, center, statistics))
+    return ClassScores(*_class_scores(x, means, scale, center, panels, statistics))
 
 
-def linear_scores(x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics | None = None) -> ClassScores:
+def linear_scores(
+    x: Tensor, weight: Tensor | Packed, bias: Tensor, statistics: Statistics | None = None
+) -> ClassScores:
     """softmax over k of x[b] . weight[k] + bias[k]: class_scores of a linear head.
 
     x [B, ...]; weight [K, ...] in the shape of x's samples, or [K, D]; bias [K], -inf for a class that is never
     predicted. `statistics`: of x, to be looked at in its place; weight is [K, size] then. Features that are so large
     that a product with their weights is infinite count as infinite themselves.
     """
+    weight, panels = _weight(weight)
     if _traced(x, weight, bias):
         return ClassScores(*_linear_scores_op(x, weight, bias, _numbers(statistics)))
-    return ClassScores(*_linear_scores(x, weight, bias, statistics))
+    return ClassScores(*_linear_scores(x, weight, bias, panels, statistics))
 
 
 def exit_step(
     x: Tensor,
-    means: Tensor,
+    means: Tensor | Packed,
     scale: Tensor,
     threshold: float | Tensor,
     ids: Tensor,
@@ -134,8 +145,11 @@ def exit_step(
     Returns the survivors, in their old order and memory format, and their ids. If all survive these are `x` and `ids`
     themselves, not copies.
     """
+    means, center, panels = _parts(means, center)
     if not (_is_compiling() or _active_modes()):
-        done = _usual_exit_step(x, means, scale, threshold, ids, out, center, statistics, rule, exit, _threads())
+        done = _usual_exit_step(
+            x, means, scale, threshold, ids, out, center, statistics, rule, exit, panels, _threads()
+        )
         if done is not None:
             return done
     if _traced(x, means, scale, ids, center, out=out):
@@ -143,12 +157,12 @@ def exit_step(
             x, means, scale, _threshold_tensor(threshold), ids, *out, center, _numbers(statistics), rule, exit
         )
         return result
-    return _exit_step(x, means, scale, threshold, ids, out, center, statistics, rule, exit)
+    return _exit_step(x, means, scale, threshold, ids, out, center, panels, statistics, rule, exit)
 
 
 def linear_step(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     bias: Tensor,
     threshold: float | Tensor,
     ids: Tensor,
@@ -159,8 +173,9 @@ def linear_step(
     exit: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """exit_step of a linear head: see linear_scores, whose confidences these are, bit for bit."""
+    weight, panels = _weight(weight)
     if not (_is_compiling() or _active_modes()):
-        done = _usual_linear_step(x, weight, bias, threshold, ids, out, statistics, rule, exit, _threads())
+        done = _usual_linear_step(x, weight, bias, threshold, ids, out, statistics, rule, exit, panels, _threads())
         if done is not None:
             return done
     if _traced(x, weight, bias, ids, out=out):
@@ -168,7 +183,7 @@ def linear_step(
             x, weight, bias, _threshold_tensor(threshold), ids, *out, _numbers(statistics), rule, exit
         )
         return result
-    return _linear_step(x, weight, bias, threshold, ids, out, statistics, rule, exit)
+    return _linear_step(x, weight, bias, threshold, ids, out, panels, statistics, rule, exit)
 
 
 def decide(
@@ -255,7 +270,23 @@ def _statistics(x: Tensor, wanted: Statistics) -> Tensor:
     return out
 
 
-def _class_distances(x: Tensor, means: Tensor, center: Tensor | None) -> Tensor:
+def _parts(means: Tensor | Packed, center: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if type(means) is not Packed:
+        return means, center, None  # type: ignore[return-value]
+    if center is not None:
+        raise ValueError("`center` is given, but `means` are packed: with the center that `pack` was given")
+    return means.vectors, means.center, means.panels
+
+
+def _weight(weight: Tensor | Packed) -> tuple[Tensor, Tensor | None]:
+    if type(weight) is not Packed:
+        return weight, None  # type: ignore[return-value]
+    if weight.center is not None:
+        raise ValueError("`weight` was packed with a center; a linear head has none")
+    return weight.vectors, weight.panels
+
+
+def _class_distances(x: Tensor, means: Tensor, center: Tensor | None, panels: Tensor | None = None) -> Tensor:
     look = checks.looks("statistics", x, None)
     f = look.features
     m, m_dtype, classes = checks.class_vectors("means", look, means)
@@ -265,12 +296,20 @@ def _class_distances(x: Tensor, means: Tensor, center: Tensor | None) -> Tensor:
     if not x.is_cpu:
         return reference.class_distances(x, _like(look, means), center).float()
     out = _floats(f.rows, classes)
-    _native.class_distances(*_rows(f), m.data_ptr(), m_dtype, classes, _address(center), out.data_ptr(), _threads())
+    _native.class_distances(
+        *_rows(f), m.data_ptr(), m_dtype, classes, _address(center), _usable(panels, m, means), out.data_ptr(),
+        _threads(),
+    )  # fmt: skip
     return out
 
 
 def _class_scores(
-    x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None, statistics: Statistics | None
+    x: Tensor,
+    means: Tensor,
+    scale: Tensor,
+    center: Tensor | None,
+    panels: Tensor | None,
+    statistics: Statistics | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     look = checks.looks("statistics", x, statistics)
     f = look.features
@@ -283,14 +322,14 @@ def _class_scores(
         return reference.class_scores(x, _like(look, means), scale, center, statistics)
     confidence, prediction, log_probs = _floats(f.rows), _integers(f.rows), _floats(f.rows, classes)
     _native.class_scores(
-        *_rows(f), m.data_ptr(), m_dtype, classes, look.dim, _address(center), scale.data_ptr(),
-        confidence.data_ptr(), prediction.data_ptr(), log_probs.data_ptr(), look.numbers, _threads(),
+        *_rows(f), m.data_ptr(), m_dtype, classes, look.dim, _address(center), _usable(panels, m, means),
+        scale.data_ptr(), confidence.data_ptr(), prediction.data_ptr(), log_probs.data_ptr(), look.numbers, _threads(),
     )  # fmt: skip
     return confidence, prediction, log_probs
 
 
 def _linear_scores(
-    x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics | None
+    x: Tensor, weight: Tensor, bias: Tensor, panels: Tensor | None, statistics: Statistics | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     look = checks.looks("statistics", x, statistics)
     f = look.features
@@ -302,7 +341,7 @@ def _linear_scores(
         return reference.linear_scores(x, _like(look, weight), bias, statistics)
     confidence, prediction, log_probs = _floats(f.rows), _integers(f.rows), _floats(f.rows, classes)
     _native.linear_scores(
-        *_rows(f), w.data_ptr(), w_dtype, classes, look.dim, bias.data_ptr(),
+        *_rows(f), w.data_ptr(), w_dtype, classes, look.dim, _usable(panels, w, weight), bias.data_ptr(),
         confidence.data_ptr(), prediction.data_ptr(), log_probs.data_ptr(), look.numbers, _threads(),
     )  # fmt: skip
     return confidence, prediction, log_probs
@@ -316,6 +355,7 @@ def _exit_step(
     ids: Tensor,
     out: Decisions,
     center: Tensor | None,
+    panels: Tensor | None,
     statistics: Statistics | None,
     rule: str,
     exit: int,
@@ -336,9 +376,9 @@ def _exit_step(
     keep = _integers(f.rows)
     prediction, confidence, exited, log_probs = out
     count = _native.exit_step(
-        *_rows(f), m.data_ptr(), m_dtype, classes, look.dim, _address(center), scale.data_ptr(), code, limit,
-        exit, ids.data_ptr(), out_rows, confidence.data_ptr(), prediction.data_ptr(), exited.data_ptr(),
-        _address(log_probs), keep.data_ptr(), look.numbers, _threads(),
+        *_rows(f), m.data_ptr(), m_dtype, classes, look.dim, _address(center), _usable(panels, m, means),
+        scale.data_ptr(), code, limit, exit, ids.data_ptr(), out_rows, confidence.data_ptr(), prediction.data_ptr(),
+        exited.data_ptr(), _address(log_probs), keep.data_ptr(), look.numbers, _threads(),
     )  # fmt: skip
     return _survivors(x, look.batch, ids, keep, count)
 
@@ -350,6 +390,7 @@ def _linear_step(
     threshold: float | Tensor,
     ids: Tensor,
     out: Decisions,
+    panels: Tensor | None,
     statistics: Statistics | None,
     rule: str,
     exit: int,
@@ -369,7 +410,7 @@ def _linear_step(
     keep = _integers(f.rows)
     prediction, confidence, exited, log_probs = out
     count = _native.linear_step(
-        *_rows(f), w.data_ptr(), w_dtype, classes, look.dim, bias.data_ptr(), code, limit,
+        *_rows(f), w.data_ptr(), w_dtype, classes, look.dim, _usable(panels, w, weight), bias.data_ptr(), code, limit,
         exit, ids.data_ptr(), out_rows, confidence.data_ptr(), prediction.data_ptr(), exited.data_ptr(),
         _address(log_probs), keep.data_ptr(), look.numbers, _threads(),
     )  # fmt: skip
@@ -493,6 +534,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _usable(panels: Tensor | None, vectors: Tensor, packed: Tensor) -> int:
+    """The panels' address, unless the vectors that they are of had to be brought into another order."""
+    return 0 if panels is None or vectors.data_ptr() != packed.data_ptr() else panels.data_ptr()
+
+
 def _rows(f: checks.Batch) -> tuple[int, int, int, int, int]:
     return f.tensor.data_ptr(), f.dtype, f.rows, f.dim, f.stride
 
@@ -556,7 +602,7 @@ def _(x: Tensor, wanted: Sequence[int]) -> Tensor:
 def _class_scores_op(
     x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None, statistics: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _class_scores(x, means, scale, center, _of_numbers_or_none(statistics))
+    return _class_scores(x, means, scale, center, None, _of_numbers_or_none(statistics))
 
 
 @_class_scores_op.register_fake
@@ -570,7 +616,7 @@ def _(
 def _linear_scores_op(
     x: Tensor, weight: Tensor, bias: Tensor, statistics: Sequence[int] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _linear_scores(x, weight, bias, _of_numbers_or_none(statistics))
+    return _linear_scores(x, weight, bias, None, _of_numbers_or_none(statistics))
 
 
 @_linear_scores_op.register_fake
@@ -608,7 +654,7 @@ def _exit_step_op(
 ) -> tuple[Tensor, Tensor]:
     out = Decisions(prediction, confidence, exited, log_probs)
     looked = _of_numbers_or_none(statistics)
-    survivors, kept = _exit_step(x, means, scale, threshold, ids, out, center, looked, rule, exit)
+    survivors, kept = _exit_step(x, means, scale, threshold, ids, out, center, None, looked, rule, exit)
     return _not_aliased(x, ids, survivors, kept)
 
 
@@ -629,7 +675,7 @@ def _linear_step_op(
 ) -> tuple[Tensor, Tensor]:
     out = Decisions(prediction, confidence, exited, log_probs)
     looked = _of_numbers_or_none(statistics)
-    survivors, kept = _linear_step(x, weight, bias, threshold, ids, out, looked, rule, exit)
+    survivors, kept = _linear_step(x, weight, bias, threshold, ids, out, None, looked, rule, exit)
     return _not_aliased(x, ids, survivors, kept)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import ops
 from .decisions import Decisions
 from .head import Head, in_own_dtype, judged, refuse_non_finite, total
+from .packed import Kept, Packed
 from .rules import Confidence, Entropy, Rule
 from .statistics import Statistics
 
@@ -90,6 +91,7 @@ class WhitenedMeans(Head, kind="whitened_means"):
         size = self.statistics.size(self.feature_shape)
         self.register_buffer("weight", torch.zeros(self.num_classes, size))
         self.register_buffer("bias", torch.full((self.num_classes,), -math.inf))
+        self._kept = Kept()
         self._scatter: _Scatter | None = None
 
     # ---- fitting ----------------------------------------------------------------------------------------------------
@@ -139,11 +141,14 @@ class WhitenedMeans(Head, kind="whitened_means"):
 
     # ---- answering --------------------------------------------------------------------------------------------------
 
+    def _packed(self) -> Packed:
+        return self._kept.packed(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear_scores(x, self.weight, self.bias, self.statistics).log_probs
+        return ops.linear_scores(x, self._packed(), self.bias, self.statistics).log_probs
 
     def judge(self, x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-        scores = ops.linear_scores(x, self.weight, self.bias, self.statistics)
+        scores = ops.linear_scores(x, self._packed(), self.bias, self.statistics)
         return judged(scores, rule)
 
     def step(
@@ -152,7 +157,9 @@ class WhitenedMeans(Head, kind="whitened_means"):
         if not isinstance(rule, Confidence | Entropy):
             return super().step(x, threshold, ids, out, rule=rule, exit=exit)
         limit = rule.limit(threshold)
-        return ops.linear_step(x, self.weight, self.bias, limit, ids, out, self.statistics, rule=rule.name, exit=exit)
+        return ops.linear_step(
+            x, self._packed(), self.bias, limit, ids, out, self.statistics, rule=rule.name, exit=exit
+        )
 
     def decide(
         self, x: Tensor, threshold: float | Tensor, ids: Tensor, out: Decisions, *, rule: Rule, exit: int
@@ -160,7 +167,7 @@ class WhitenedMeans(Head, kind="whitened_means"):
         if not isinstance(rule, Confidence | Entropy):
             return super().decide(x, threshold, ids, out, rule=rule, exit=exit)
         seen, limit = ops.statistics(x, self.statistics), rule.limit(threshold)  # only these few numbers are moved
-        return ops.linear_step(seen, self.weight, self.bias, limit, ids, out, rule=rule.name, exit=exit)[1]
+        return ops.linear_step(seen, self._packed(), self.bias, limit, ids, out, rule=rule.name, exit=exit)[1]
 
     def flops(self) -> int:
         """Those of the statistics, and 2 K d for the product of d of them with the weights."""

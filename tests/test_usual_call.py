@@ -667,7 +667,7 @@ def test_a_hundred_thousand_calls_leave_nothing_behind(op):
     arguments = good(flat=True)
     wrong_ids = arguments["ids"] + 3
     native = getattr(_native, NATIVE[op][1:])
-    positional = [arguments[name] for name in TAKES[op]] + [1]
+    positional = [*(arguments[name] for name in TAKES[op]), *([] if op == "decide" else [None]), 1]
     place = {name: TAKES[op].index(name) for name in ("threshold", "ids", "out")}
 
     def call_all(times):
@@ -741,8 +741,8 @@ if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     del torch.Tensor.__dlpack_c_exchange_api__
 from e2cm_ext import Decisions, _native, ops
 x, means, scale, ids, out = torch.randn(9, 5), torch.randn(3, 5), torch.ones(3), torch.arange(9), Decisions.empty(9, 3)
-assert _native.usual_exit_step(x, means, scale, 0.5, ids, out, None, None, "confidence", 0, 1) is None
-assert _native.usual_linear_step(x, means, scale, 0.5, ids, out, None, "confidence", 0, 1) is None
+assert _native.usual_exit_step(x, means, scale, 0.5, ids, out, None, None, "confidence", 0, None, 1) is None
+assert _native.usual_linear_step(x, means, scale, 0.5, ids, out, None, "confidence", 0, None, 1) is None
 assert _native.usual_decide(x, x[:, :3], 0.5, ids, out, None, "confidence", 0, 1) is None
 survivors, kept = ops.exit_step(x, means, scale, 0.5, ids, out)
 assert torch.equal(survivors, x[kept]) and (out.exit >= 0).sum() == 9 - len(kept)

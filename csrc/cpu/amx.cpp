@@ -24,12 +24,11 @@ constexpr int64_t kDigits = 3;
 constexpr int64_t kTile = 16;               // rows of a tile at most, and means side by side
 constexpr int64_t kGroup = 4 * Vec::lanes;  // numbers whose digits fill a row of a tile
 // Rows in scratch, in bytes: [digit][number], then the scale. Panels: [digit][group][tile], then the scales.
-constexpr int64_t kRowBytes = kStride * sizeof(float), kPanelBytes = kBlock * kTile * sizeof(float);
+constexpr int64_t kRowBytes = kStride * sizeof(float);
 constexpr int64_t kRowScale = kDigits * kBlock, kPanelScales = kDigits * kBlock * kTile;
 constexpr float kLargest = 127 * 65536 + 127 * 256 + 127;
 
 static_assert(kRowScale + int64_t{sizeof(float)} <= kRowBytes && kBlock % kGroup == 0);
-static_assert(kPanelScales + kTile * int64_t{sizeof(float)} <= kPanelBytes);
 static_assert(kBlock * kDigits * 128 * 128 < int64_t{1} << 31 &&
               kBlock * (127 * 127 * 256 + 2 * 127 * 128) < INT32_MAX);
 
@@ -253,6 +252,7 @@ const Kernels* amx_kernels() {
     Kernels table = *avx512_kernels();
     table.name = "amx";
     table.panel = kTile;
+    table.panel_floats = kPanelScales / sizeof(float) + kTile;
     table.load_rows = load_rows;
     table.pack_means = pack_means;
     table.add_products = add_products;

@@ -30,24 +30,8 @@
 namespace e2cm {
 namespace {
 
-constexpr int64_t kMaxSplits = 16;
-constexpr int64_t kSplit = 4096;     // less is not worth a thread of its own
 constexpr int64_t kGroupRows = 128;  // rows per work item: means are prepared once for all of them
-constexpr int64_t kFewMeans = 24;    // up to here the direct sum is the faster way
 constexpr int64_t kFewRows = 16;     // up to here means are used where they lie: copying them would cost more
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-const void* element(const Rows& rows, int64_t row, int64_t column) {
-  return static_cast<const char*>(rows.data) + (row * rows.stride + column) * size_of(rows.dtype);
-}
-
-const char* address(const Rows& rows, int64_t row, int64_t column) {
-  return static_cast<const char*>(element(rows, row, column));
-}
-
-int64_t splits_of(int64_t dim) { return std::max<int64_t>(1, std::min(kMaxSplits, ceil_div(dim, kSplit))); }
 
 }  // namespace
 
@@ -76,7 +60,7 @@ struct PairSums::Plan {
   }
 };
 
-PairSums::PairSums(Of what, const Rows& x, const Rows& classes, const float* center, int threads)
+PairSums::PairSums(Of what, const Rows& x, const Rows& classes, const float* center, const void* packed, int threads)
     : isa_(kernels()),  // here, where a wrong E2CM_ISA may still throw
       x_(x),
       classes_(classes),
@@ -84,28 +68,30 @@ PairSums::PairSums(Of what, const Rows& x, const Rows& classes, const float* cen
       what_(what),
       few_(classes.rows <= kFewMeans),
       norms_(what == Of::distances && !few_),
-      splits_(splits_of(x.dim)),
+      cuts_(x.dim),
+      packed_(classes.rows, x.dim, few_ ? nullptr : const_cast<void*>(packed)),
       row_stride_(round_up(x.rows, kLanes)),
       class_stride_(few_ ? row_stride_ : 1),
       ld_(few_ ? 1 : round_up(classes.rows, kLanes)),
       split_stride_(row_stride_ * (few_ ? classes.rows : ld_)),
-      size_(splits_ * (split_stride_ + (norms_ ? row_stride_ + ld_ : 0))),
+      size_(cuts_.splits * (split_stride_ + (norms_ ? row_stride_ + ld_ : 0))),
       memory_(size_),
       sums_(memory_.get()),
-      row_norms_(norms_ ? sums_ + splits_ * split_stride_ : nullptr),
-      class_norms_(norms_ ? row_norms_ + splits_ * row_stride_ : nullptr) {
-  if (x.rows > 0) compute(Plan(x, classes.rows, splits_, threads));
+      row_norms_(norms_ ? sums_ + cuts_.splits * split_stride_ : nullptr),
+      class_norms_(norms_ ? row_norms_ + cuts_.splits * row_stride_ : nullptr) {
+  if (x.rows > 0) compute(Plan(x, classes.rows, cuts_.splits, threads));
 }
 
 int64_t PairSums::rows_that_fit(int64_t dim, int64_t classes) {
   const int64_t sums = int64_t{1} << 23;
-  return std::max(kGroupRows, sums / (splits_of(dim) * classes) / kGroupRows * kGroupRows);
+  return std::max(kGroupRows, sums / (Cuts(dim).splits * classes) / kGroupRows * kGroupRows);
 }
 
 void PairSums::compute(const Plan& plan) {
   Buffer<float> scratch(plan.threads * plan.scratch);
   std::fill_n(memory_.get(), size_, 0.0);
-  parallel_for(splits_ * plan.groups * plan.parts, plan.threads, [&](int64_t item, int thread) {
+  if (packed_ && norms_) std::copy_n(packed_.norms(), cuts_.splits * ld_, class_norms_);
+  parallel_for(cuts_.splits * plan.groups * plan.parts, plan.threads, [&](int64_t item, int thread) {
     const int64_t first_row = item / plan.parts % plan.groups * plan.group_rows;
     const int64_t first_class = item % plan.parts * plan.part_means;
     const Piece piece{item / plan.parts / plan.groups, first_row, std::min(plan.group_rows, x_.rows - first_row),
@@ -118,8 +104,8 @@ void PairSums::compute(const Plan& plan) {
 // body(first number, how many) for all blocks of a split, `each` of them at a time.
 template <class Body>
 void PairSums::for_blocks(int64_t split, int64_t each, const Body& body) const {
-  const int64_t blocks = ceil_div(x_.dim, kBlock), end = blocks * (split + 1) / splits_;
-  for (int64_t block = blocks * split / splits_; block < end; block += each) {
+  const int64_t end = cuts_.first_block(split + 1);
+  for (int64_t block = cuts_.first_block(split); block < end; block += each) {
     const int64_t at = block * kBlock;
     body(at, std::min({each * kBlock, end * kBlock - at, x_.dim - at}));
   }
@@ -136,48 +122,63 @@ void PairSums::add_directly(const Piece& piece, float* scratch) {
   for_blocks(piece.split, kRun, [&](int64_t at, int64_t n) {
     const int64_t whole = in_place ? n / kPad * kPad : 0, rest = n - whole;
     if (whole) {
-      const float* const means = static_cast<const float*>(element(classes_, 0, at));
+      const float* const means = reinterpret_cast<const float*>(element(classes_, 0, at));
       add(at, whole, {means, classes_.rows, classes_.stride, kBlock, nullptr, 0, 0});
     }
     if (!rest) return;
     for (int64_t i = 0; i < rest; i += kBlock)
       isa_.load_block(element(classes_, 0, at + whole + i), classes_.dtype, classes_.stride, nullptr, classes_.rows,
                       std::min(kBlock, rest - i), scratch + i / kBlock * block, nullptr);
-    const char* const ahead = in_place || at + n == x_.dim ? nullptr : address(classes_, 0, at + n);
+    const char* const ahead = in_place || at + n == x_.dim ? nullptr : element(classes_, 0, at + n);
     add(at + whole, rest, {scratch, classes_.rows, kStride, block, ahead, classes_.stride * size, size});
   });
 }
 
 void PairSums::add_products(const Piece& piece, float* scratch) {
-  const int64_t width = isa_.panel, x_size = size_of(x_.dtype), class_size = size_of(classes_.dtype);
+  const int64_t x_size = size_of(x_.dtype);
   const int64_t end = piece.first_class + piece.classes;
-  float *const panel = scratch, *const rows = scratch + kBlock * width;
+  float *const panel = scratch, *const rows = scratch + isa_.panel_floats;
   double* const products = sums_ + piece.split * split_stride_ + piece.first * ld_;
   // Norms are the same for all pieces that share the rows or the classes: one of them writes.
   double* const row_norms =
       norms_ && !piece.first_class ? row_norms_ + piece.split * row_stride_ + piece.first : nullptr;
-  double* const class_norms = norms_ && !piece.first ? class_norms_ + piece.split * ld_ : nullptr;
+  double* const class_norms = norms_ && !packed_ && !piece.first ? class_norms_ + piece.split * ld_ : nullptr;
 
   for_blocks(piece.split, 1, [&](int64_t at, int64_t n) {
     const float* const center = center_ ? center_ + at : nullptr;
     const bool last = at + n == x_.dim;
-    Ahead rows_ahead{address(x_, piece.first, at + n), last ? 0 : piece.rows, x_.stride * x_size, kBlock * x_size};
+    Ahead rows_ahead{element(x_, piece.first, at + n), last ? 0 : piece.rows, x_.stride * x_size, kBlock * x_size};
     isa_.load_rows(element(x_, piece.first, at), x_.dtype, x_.stride, center, piece.rows, n, rows, row_norms);
-    for (int64_t k = piece.first_class; k < end; k += width) {
-      const int64_t count = std::min(width, end - k);
-      const bool wraps = k + width >= end;
-      const int64_t next = wraps ? piece.first_class : k + width;
-      Ahead classes_ahead{address(classes_, next, wraps ? at + n : at), last && wraps ? 0 : std::min(width, end - next),
-                          classes_.stride * class_size, kBlock * class_size};
-      isa_.pack_means(element(classes_, k, at), classes_.dtype, classes_.stride, center, count, n, panel,
-                      class_norms ? class_norms + k : nullptr);
-      isa_.add_products(rows, piece.rows, panel, count, n, products + k, ld_, classes_ahead, rows_ahead);
+    for (int64_t k = piece.first_class; k < end; k += isa_.panel) {
+      const int64_t count = std::min(isa_.panel, end - k);
+      const bool wraps = k + isa_.panel >= end;
+      Ahead ahead{};
+      if (!wraps)
+        ahead = classes_ahead(at, k + isa_.panel, end);
+      else if (!last)
+        ahead = classes_ahead(at + n, piece.first_class, end);
+      if (!packed_)
+        isa_.pack_means(element(classes_, k, at), classes_.dtype, classes_.stride, center, count, n, panel,
+                        class_norms ? class_norms + k : nullptr);
+      isa_.add_products(rows, piece.rows, packed_ ? packed_.at(at / kBlock, k) : panel, count, n, products + k, ld_,
+                        ahead, rows_ahead);
     }
   });
 }
 
+// A block from `at` on of the classes from k on.
+Ahead PairSums::classes_ahead(int64_t at, int64_t k, int64_t end) const {
+  if (packed_) {
+    constexpr int64_t stretch = kBlock * sizeof(float);
+    const int64_t stretches = isa_.panel_floats / kBlock;
+    return {reinterpret_cast<const char*>(packed_.at(at / kBlock, k)), stretches, stretch, stretch};
+  }
+  const int64_t size = size_of(classes_.dtype);
+  return {element(classes_, k, at), std::min(isa_.panel, end - k), classes_.stride * size, kBlock * size};
+}
+
 Distances::Distances(const Rows& x, const ClassMeans& head, int threads)
-    : PairSums(Of::distances, x, head.means, head.center, threads), scale_(head.scale) {}
+    : PairSums(Of::distances, x, head.means, head.center, head.packed, threads), scale_(head.scale) {}
 
 // For the few pairs that distance_lanes doubts: the direct sum of squares; in double, where float32 cannot hold them.
 float Distances::the_long_way(int64_t row, int64_t mean) const {
@@ -207,7 +208,7 @@ void Distances::lanes_of_few(int64_t first, float* out) const {
     std::fill_n(scale, kLanes, scale_ ? scale_[k] : 1.f);
     float* const distances = out + k * kLanes;
     const uint32_t doubtful =
-        isa_.distance_lanes(sums_ + k * row_stride_ + first, splits_, split_stride_, nullptr, 0, scale, distances);
+        isa_.distance_lanes(sums_ + k * row_stride_ + first, cuts_.splits, split_stride_, nullptr, 0, scale, distances);
     for (int64_t j = 0; doubtful >> j; ++j)
       if (doubtful >> j & 1 && first + j < x_.rows) distances[j] = the_long_way(first + j, k) / scale[j];
   }
@@ -217,7 +218,7 @@ void Distances::lanes_of_few(int64_t first, float* out) const {
 void Distances::lanes_of_many(int64_t first, float* out) const {
   const auto over_splits = [&](const double* norms, int64_t stride, double (&sum)[kLanes]) {
     std::fill_n(sum, kLanes, 0.0);
-    for (int64_t s = 0; s < splits_; ++s, norms += stride)
+    for (int64_t s = 0; s < cuts_.splits; ++s, norms += stride)
       for (int64_t j = 0; j < kLanes; ++j) sum[j] += norms[j];
   };
   double row_norms[kLanes];
@@ -231,8 +232,8 @@ void Distances::lanes_of_many(int64_t first, float* out) const {
     if (scale_) std::copy_n(scale_ + k, count, scale);
     for (int64_t j = 0; j < kLanes; ++j) {
       float* const distances = square + j * kLanes;
-      const uint32_t doubtful = isa_.distance_lanes(sums_ + (first + j) * ld_ + k, splits_, split_stride_, class_norms,
-                                                    row_norms[j], scale, distances);
+      const uint32_t doubtful = isa_.distance_lanes(sums_ + (first + j) * ld_ + k, cuts_.splits, split_stride_,
+                                                    class_norms, row_norms[j], scale, distances);
       for (int64_t i = 0; doubtful >> i; ++i)
         if (doubtful >> i & 1 && i < count && first + j < x_.rows)
           distances[i] = the_long_way(first + j, k + i) / scale[i];
@@ -242,7 +243,7 @@ void Distances::lanes_of_many(int64_t first, float* out) const {
 }
 
 Logits::Logits(const Rows& x, const Linear& head, int threads)
-    : PairSums(Of::products, x, head.weight, nullptr, threads), bias_(head.bias) {}
+    : PairSums(Of::products, x, head.weight, nullptr, head.packed, threads), bias_(head.bias) {}
 
 // Where a NaN came from: whole numbers, which some units make products of, know neither NaN nor infinity.
 double Logits::the_long_way(int64_t row, int64_t k) const {
@@ -261,7 +262,7 @@ void Logits::lanes(int64_t first, float* out) const {
     double logits[kLanes];
     std::fill_n(logits, kLanes, static_cast<double>(bias_[k]));
     const double* sums = sums_ + first * ld_ + k * class_stride_;
-    for (int64_t s = 0; s < splits_; ++s, sums += split_stride_)
+    for (int64_t s = 0; s < cuts_.splits; ++s, sums += split_stride_)
       for (int64_t j = 0; j < kLanes; ++j) logits[j] += sums[j * ld_];
     for (int64_t j = 0; j < kLanes; ++j) {
       if (std::isnan(logits[j]) && first + j < x_.rows) logits[j] = the_long_way(first + j, k);

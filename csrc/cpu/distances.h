@@ -4,6 +4,7 @@
 #include "../exit_step.h"
 #include "buffer.h"
 #include "kernels.h"
+#include "panels.h"
 
 namespace e2cm {
 
@@ -15,7 +16,7 @@ class PairSums {
 
  protected:
   enum class Of { distances, products };
-  PairSums(Of what, const Rows& x, const Rows& classes, const float* center, int threads);
+  PairSums(Of what, const Rows& x, const Rows& classes, const float* center, const void* packed, int threads);
 
   const Kernels& isa_;
   const Rows x_;
@@ -24,7 +25,8 @@ class PairSums {
   const Of what_;
   const bool few_;              // classes: what is wanted is summed up directly
   const bool norms_;            // or distances must be made of products and norms
-  const int64_t splits_;        // D is cut into this many parts, a number that depends on D alone
+  const Cuts cuts_;             // of D
+  const Panels packed_;         // classes, perhaps
   const int64_t row_stride_;    // rows, rounded up to whole lanes
   const int64_t class_stride_;  // of the sums, which lie as the tiles write them: of few classes, class by class,
   const int64_t ld_;            // of many, row by row, these rounded up to whole vectors
@@ -45,6 +47,7 @@ class PairSums {
   void for_blocks(int64_t split, int64_t each, const Body& body) const;
   void add_directly(const Piece& piece, float* scratch);
   void add_products(const Piece& piece, float* scratch);
+  Ahead classes_ahead(int64_t at, int64_t k, int64_t end) const;
 };
 
 class Distances : public PairSums {

@@ -177,7 +177,7 @@ int64_t step(const Features& x, int64_t rows, const Head& head, const Departure&
 
 void class_distances(const Rows& x, const ClassMeans& head, float* out, int threads) {
   const int64_t classes = head.means.rows;
-  for_chunks(x, ClassMeans{head.means, head.center, nullptr}, threads,
+  for_chunks(x, ClassMeans{head.means, head.center, nullptr, head.packed}, threads,
              [&](int64_t begin, int64_t rows, const Distances& distances) {
                const auto fill = [&](int64_t first, float* z) { distances.lanes(first, z); };
                for_lanes(rows, classes, threads, fill, [&](int64_t first, int64_t count, const float* z) {

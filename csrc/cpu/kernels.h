@@ -71,7 +71,8 @@ struct CellSums {
 
 struct Kernels {
   const char* name;
-  int64_t panel;  // means that are packed side by side, at most
+  int64_t panel;         // means that are packed side by side, at most
+  int64_t panel_floats;  // room for them, for a block
 
   // rows[r * kStride + i] = source[r * stride + i] - center[i] for i < n <= kBlock, zeros behind it up to a multiple of
   // kPad; center may be null (nothing is subtracted). norms[r] += |row|^2, if norms is not null.
@@ -91,8 +92,8 @@ struct Kernels {
   void (*load_rows)(const void* source, DType dtype, int64_t stride, const float* center, int64_t row_count, int64_t n,
                     float* rows, double* norms);
 
-  // The same of at most `panel` means, kBlock floats each: turned so that number i of all of them stands side by side,
-  // in vectors filled up with zeros, or in a form of its own.
+  // The same of at most `panel` means, into panel_floats floats: turned so that number i of all of them stands side by
+  // side, in vectors filled up with zeros, or in a form of its own.
   void (*pack_means)(const void* source, DType dtype, int64_t stride, const float* center, int64_t mean_count,
                      int64_t n, float* panel, double* norms);
 

@@ -689,9 +689,22 @@ void turn(const void* source, DType dtype, int64_t stride, int64_t rows, int64_t
 }
 
 constexpr Kernels table(const char* name) {
-  return {name,          2 * Vec::lanes, load_block,   add_squares,      add_dots,
-          load_block,    pack_means,     add_products, squared_distance, distance_lanes,
-          softmax_lanes, add_cells,      repeat,       add_pairs,        average,
+  return {name,
+          2 * Vec::lanes,
+          2 * Vec::lanes * kBlock,
+          load_block,
+          add_squares,
+          add_dots,
+          load_block,
+          pack_means,
+          add_products,
+          squared_distance,
+          distance_lanes,
+          softmax_lanes,
+          add_cells,
+          repeat,
+          add_pairs,
+          average,
           turn};
 }
 

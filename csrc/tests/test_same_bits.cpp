@@ -14,17 +14,19 @@ struct Result {
   Exact<int64_t> keep;
   int64_t kept = 0;
 
-  Result(const Problem& problem, int64_t first, int64_t count, int threads)
+  Result(const Problem& problem, int64_t first, int64_t count, int threads, const void* packed = nullptr)
       : distances(count * problem.means.rows()),
         every(count, problem.means.rows()),
         out(count, problem.means.rows()),
         keep(count, kNobody) {
     const Rows x = problem.x.view(first, count);
+    ClassMeans head = problem.head();
+    head.packed = packed;
     const Exact<int64_t> ids(count);
     for (int64_t i = 0; i < count; ++i) ids[i] = count - 1 - i;
-    class_distances(x, problem.head(), distances.data(), threads);
-    class_scores(x, problem.head(), every.view(), threads);
-    kept = exit_step(x, problem.head(), {Rule::confidence, 0.4f, 3, ids.data()}, out.view(), keep.data(), threads);
+    class_distances(x, head, distances.data(), threads);
+    class_scores(x, head, every.view(), threads);
+    kept = exit_step(x, head, {Rule::confidence, 0.4f, 3, ids.data()}, out.view(), keep.data(), threads);
   }
 };
 
@@ -89,6 +91,32 @@ TEST(alone_or_in_a_batch) {
       const int64_t first = random.below(batch), count = 1 + random.below(batch - first);
       CHECK(agree(whole, first, Result(problem, first, count, static_cast<int>(1 + random.below(4)))));
     }
+  }
+}
+
+TEST(packed_ahead_or_in_every_call) {
+  Random random(5);
+  CHECK(packed_bytes(24, 5000) == 0);
+  for (int i = 0; i < times(40); ++i) {
+    const int64_t dim = random.pick(kDims), classes = 25 + random.below(random.chance(0.5) ? 100 : 1000);
+    const int64_t batch = 1 + random.below(dim * classes > at_most(1e5) ? 7 : 140);
+    if (dim * classes * batch > at_most(1e7)) continue;
+    Problem problem(batch, classes, dim, random.pick(kDTypes), random.pick(kDTypes), random.chance(0.5), 0,
+                    random.below(5));
+    problem.fill(random, random.chance(0.5) ? 0 : 100);
+    spoil(random, problem);
+    state().context = problem.text();
+    const int threads = static_cast<int>(1 + random.below(4));
+    const int64_t doubles = packed_bytes(classes, dim) / int64_t{sizeof(double)};
+    const Exact<double> means(doubles), weights(doubles);
+    pack(problem.means.view(), problem.head().center, means.data(), threads);
+    CHECK(equal(Result(problem, 0, batch, 2), Result(problem, 0, batch, threads, means.data())));
+
+    pack(problem.means.view(), nullptr, weights.data(), 3);
+    const Out without(batch, classes), with(batch, classes);
+    linear_scores(problem.x.view(), {problem.means.view(), problem.scale.data()}, without.view(), 2);
+    linear_scores(problem.x.view(), {problem.means.view(), problem.scale.data(), weights.data()}, with.view(), threads);
+    for (int64_t b = 0; b < batch; ++b) CHECK(same_row(without, b, with, b));
   }
 }
 

@@ -1,0 +1,118 @@
+"""Class means, or the weights of a linear head, made ready for many calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, checks
+
+__all__ = ["Packed", "pack"]
+
+_is_compiling = torch.compiler.is_compiling
+_active_modes = torch._C._len_torch_dispatch_stack
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Packed:
+    """`vectors` [K, ...] and their center, and what `pack` has made of them for the CPU's kernels.
+
+    An op takes it in the place of class means or weights; no result changes by a bit. It is of this process alone: a
+    copy or a pickle of it packs again. Vectors that have been written to since are refused.
+    """
+
+    __slots__ = ("_panels", "_sources", "_versions", "center", "vectors")
+
+    def __init__(self, vectors: Tensor, center: Tensor | None) -> None:
+        self.vectors, self.center = self._sources = vectors, center
+        self._panels: Tensor | None = None
+
+    def _pack(self) -> None:
+        found = checks.features("vectors", self.vectors)
+        if found.rows < 1 or found.dim < 1:
+            raise ValueError(f"`vectors` has shape {list(found.tensor.shape)}; wanted [classes, ...], one at least")
+        center = self.center if self.center is None else _like_one(found, self.center)
+        size = _native.packed_bytes(found.rows, found.dim) if found.tensor.is_cpu else 0
+        if size == 0:
+            return
+        dense = checks.channels_last_format(found.tensor) if found.channels_last else torch.contiguous_format
+        self.vectors, self.center = found.tensor.contiguous(memory_format=dense), center
+        self._panels = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self._versions = self._counted()
+        _native.pack(
+            self.vectors.data_ptr(), found.dtype, found.rows, found.dim, 0 if center is None else center.data_ptr(),
+            self._panels.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _counted(self) -> list[int]:
+        """How often the tensors have been written to. Those of inference mode do not count."""
+        return [t._version for t in self._sources if t is not None and not t.is_inference()]
+
+    def is_of(self, vectors: Tensor, center: Tensor | None) -> bool:
+        """Of these very tensors, as they are now?"""
+        if self._sources[0] is not vectors or self._sources[1] is not center:
+            return False
+        return self._panels is None or self._counted() == self._versions
+
+    @property
+    def panels(self) -> Tensor | None:
+        if self._panels is not None and self._counted() != self._versions:
+            raise ValueError("the vectors or their center have been written to since they were packed: pack them again")
+        return self._panels
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pack, self._sources
+
+    def __repr__(self) -> str:
+        packed = "nothing to pack" if self._panels is None else f"{self._panels.nbytes} bytes"
+        return f"Packed({list(self.vectors.shape)}, {packed})"
+
+
+def pack(vectors: Tensor, center: Tensor | None = None) -> Packed:
+    """Makes once what the CPU's kernels make of many class means (with their center) or weights in every call.
+
+    vectors [K, ...]: means or weights, in the memory order of the features that they will meet (in another order they
+    are packed in vain); center [...]: as in exit_step. With 24 classes or fewer, on a GPU, and for a tensor that is
+    being traced there is nothing to make. The rest takes about as much memory as the vectors do in float32.
+    """
+    packed = Packed(vectors, center)
+    traced = _is_compiling() or _active_modes()
+    if not traced and (type(vectors) in _PLAIN or not isinstance(vectors, Tensor)):
+        packed._pack()
+    return packed
+
+
+def _like_one(vectors: checks.Batch, center: Tensor) -> Tensor:
+    """The center as float32 in the memory order of one of the vectors."""
+    center = checks.strided("center", center, "a float32 tensor [features] or None")
+    shape = tuple(vectors.tensor.shape[1:])
+    if not center.is_floating_point() or (center.shape != shape and center.shape != (vectors.dim,)):
+        raise ValueError(
+            f"`center` is a {center.dtype} tensor {list(center.shape)}; wanted float32 in the shape of one of "
+            f"`vectors`, {list(shape)}, or [{vectors.dim}]"
+        )
+    checks.same_device("center", center, vectors.tensor)
+    if not vectors.channels_last:
+        return center.float().contiguous()
+    last = checks.channels_last_format(vectors.tensor)
+    return center.float().reshape(1, *shape).contiguous(memory_format=last)[0]
+
+
+class Kept:
+    """What was packed last, for a head that is asked again and again: packed anew if its tensors are others now."""
+
+    def __init__(self) -> None:
+        self._last: Packed | None = None
+
+    def packed(self, vectors: Tensor, center: Tensor | None = None) -> Packed:
+        if _is_compiling() or _active_modes() or vectors.is_inference():  # whose changes nobody would notice
+            return Packed(vectors, center)
+        last = self._last
+        if last is None or not last.is_of(vectors, center):
+            last = self._last = pack(vectors, center)
+        return last
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, ()
