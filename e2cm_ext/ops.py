@@ -99,7 +99,8 @@ def class_scores(
     """softmax over k of -||x[b] - means[k]|| / scale[k]: confidence, prediction and log-probabilities of every sample.
 
     x [B, ...]; means [K, ...] in the shape of x's samples, or [K, D], fastest if stored in x's memory order, or what
-    `pack` has made of them and the center; scale [K]: the average distance of the training samples to that mean; `center`: see class_distances.
+    `pack` has made of them and the center; scale [K]: the average distance of the training samples to that mean;
+    `center`: see class_distances.
     `statistics`: of x, to be looked at in its place; means are [K, size] then, and the center is [size].
     """
     means, center, panels = _parts(means, center)
