@@ -205,6 +205,42 @@ void multiply(Tiles& tiles, const Digit* rows, const Digit* panel, int64_t n, Su
   tiles.store<0>(sums.of[0], kGroup), tiles.store<1>(sums.of[1], kGroup), tiles.store<2>(sums.of[2], kGroup);
 }
 
+// The same for one row, without tiles, which take longer to fill. Exact sums are the same bits, whatever makes them.
+// The instruction wants one factor without a sign: 128 more of it, and 128 times the other one to be taken away in the
+// end.
+void multiply_one(const Digit* row, const Digit* panel, int64_t n, Sums& sums) {
+  const __m512i flip = _mm512_set1_epi32(static_cast<int>(0x80808080));
+  __m512i of[kDigits][kDigits], excess[kDigits];  // of[a][b]: products of the row's digits a and the means' digits b
+  for (int a = 0; a < kDigits; ++a) {
+    excess[a] = _mm512_setzero_si512();
+    for (int b = 0; b < kDigits; ++b) of[a][b] = _mm512_setzero_si512();
+  }
+  const int64_t filled = (n + kGroup - 1) / kGroup * kGroup;
+  for (int64_t i = 0; i < filled; i += 4) {
+    const int64_t group = i / kGroup * kGroup, j = i - group;
+    __m512i x[kDigits], mean[kDigits];
+    E2CM_UNROLL for (int d = 0; d < kDigits; ++d) {
+      int32_t four;
+      std::memcpy(&four, row + d * kBlock + i, sizeof four);
+      x[d] = _mm512_xor_si512(_mm512_set1_epi32(four), flip);
+      mean[d] = _mm512_loadu_si512(panel + (group * kDigits + d * kGroup) * kTile + j * kTile);
+      excess[d] = _mm512_dpbusd_epi32(excess[d], flip, mean[d]);
+    }
+    E2CM_UNROLL for (int a = 0; a < kDigits; ++a) {
+      E2CM_UNROLL for (int b = kDigits - 1 - a; b < kDigits; ++b) of[a][b] =
+          _mm512_dpbusd_epi32(of[a][b], x[a], mean[b]);
+    }
+  }
+  for (int level = 0; level < kDigits; ++level) {  // a + b is 4, 3 and 2
+    __m512i sum = _mm512_setzero_si512();
+    for (int a = kDigits - 1; a >= kDigits - 1 - level; --a) {
+      const int b = 2 * (kDigits - 1) - level - a;
+      sum = _mm512_add_epi32(sum, _mm512_sub_epi32(of[a][b], excess[b]));
+    }
+    _mm512_store_si512(sums.of[level][0], sum);
+  }
+}
+
 // products[k] += what the digits of one row and of all means of the panel make.
 void add_sums(const Sums& sums, int64_t r, float row_scale, Vec scales, double* products) {
   const __m512i high =
@@ -223,17 +259,22 @@ void add_products(const float* rows, int64_t row_count, const float* panel, int6
                   int64_t ld, Ahead&, Ahead&) {
   const Digit *const x = reinterpret_cast<const Digit*>(rows), *const means = reinterpret_cast<const Digit*>(panel);
   const Vec scales = Vec::mul(Vec::load(reinterpret_cast<const float*>(means + kPanelScales)), Vec::set(65536));
+  Sums sums;
+  const auto add = [&](int64_t row, int64_t at) {  // whose sums are at `at`
+    float row_scale;
+    std::memcpy(&row_scale, x + row * kRowBytes + kRowScale, sizeof row_scale);
+    add_sums(sums, at, row_scale, scales, products + row * ld);
+  };
+  if (row_count == 1) {
+    multiply_one(x, means, n, sums);
+    return add(0, 0);
+  }
   const int64_t tiles = (row_count + kTile - 1) / kTile, height = (row_count + tiles - 1) / tiles;
   Tiles registers(height);
-  Sums sums;
   for (int64_t begin = 0; begin < row_count; begin += height) {
     const int64_t first = at_most(begin, row_count - height);  // all are equally high: the last goes back a bit
     multiply(registers, x + first * kRowBytes, means, n, sums);
-    for (int64_t r = begin; r < first + height; ++r) {
-      float row_scale;
-      std::memcpy(&row_scale, x + r * kRowBytes + kRowScale, sizeof row_scale);
-      add_sums(sums, r - first, row_scale, scales, products + r * ld);
-    }
+    for (int64_t r = begin; r < first + height; ++r) add(r, r - first);
   }
 }
 

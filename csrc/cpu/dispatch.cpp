@@ -50,18 +50,18 @@ bool has_avx512() {
 #endif
 
 #ifdef E2CM_HAVE_AMX
-#ifdef E2CM_EMULATE_TILES
-bool has_amx() { return has_avx512(); }
-#else
 bool has_amx() {
   unsigned eax, ebx, ecx, edx;
-  if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ecx >> 11 & 1)) return false;  // VNNI
+#ifdef E2CM_EMULATE_TILES
+  return true;
+#else
   if (!(edx >> 24 & 1 && edx >> 25 & 1)) return false;  // tiles, and their products of bytes
   // A process must ask before it may use tiles. No is an answer: an old kernel, or too small a stack for signals.
   constexpr long ask = 0x1023, tiles = 18;
   return syscall(SYS_arch_prctl, ask, tiles) == 0;
-}
 #endif
+}
 #endif
 
 std::vector<const Kernels*> available() {
