@@ -51,14 +51,18 @@ class Packed:
         return [t._version for t in self._sources if t is not None and not t.is_inference()]
 
     def is_of(self, vectors: Tensor, center: Tensor | None) -> bool:
-        """Of these very tensors, as they are now?"""
-        if self._sources[0] is not vectors or self._sources[1] is not center:
-            return False
+        """Of these very tensors, whether or not they have been written to since?"""
+        return self._sources[0] is vectors and self._sources[1] is center
+
+    def is_empty(self) -> bool:
+        return self._panels is None
+
+    def is_current(self) -> bool:
         return self._panels is None or self._counted() == self._versions
 
     @property
     def panels(self) -> Tensor | None:
-        if self._panels is not None and self._counted() != self._versions:
+        if not self.is_current():
             raise ValueError("the vectors or their center have been written to since they were packed: pack them again")
         return self._panels
 
@@ -107,10 +111,12 @@ class Kept:
         self._last: Packed | None = None
 
     def packed(self, vectors: Tensor, center: Tensor | None = None) -> Packed:
+        last = self._last if self._last is not None and self._last.is_of(vectors, center) else None
+        if last is not None and last.is_empty():
+            return last
         if _is_compiling() or _active_modes() or vectors.is_inference():  # whose changes nobody would notice
             return Packed(vectors, center)
-        last = self._last
-        if last is None or not last.is_of(vectors, center):
+        if last is None or not last.is_current():
             last = self._last = pack(vectors, center)
         return last
 

@@ -1,5 +1,6 @@
 // What one instruction set offers to the rest of the core. Each unit (scalar, avx2, avx512, neon) compiles kernels.inl
-// with its own vector type and fills one table; only plain pointers and numbers cross between translation units.
+// with its own vector type and fills one table; amx replaces the products of avx512's. Only plain pointers and numbers
+// cross between translation units.
 #pragma once
 
 #include <cstdint>
