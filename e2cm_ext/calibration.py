@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from . import pictures
+from . import checks, pictures
 from .record import Record
 from .search import Points, Search, always_there, best_at, hull, joined, progress_bar, unbeaten
 
@@ -184,6 +184,8 @@ class Curve:
         return Points(self.flops, self.accuracy, self.thresholds)
 
     def _budget(self, flops: float) -> float:
+        if not checks.is_number(flops):
+            raise TypeError(f"`flops` is {flops!r}; wanted a fraction of the base network's, such as 0.5")
         if math.isnan(flops):
             raise ValueError("`flops` is NaN; wanted a fraction of the base network's, such as 0.5")
         if flops < self.flops[0]:

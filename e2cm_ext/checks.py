@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -186,6 +187,17 @@ def rule_code(rule: str) -> int:
     if code is None:
         raise ValueError(f"`rule` is {rule!r}; wanted one of {', '.join(map(repr, RULES))}")
     return code
+
+
+def exit_number(exit: object) -> int:
+    try:
+        number = operator.index(exit)  # type: ignore[arg-type]
+        if -(2**63) <= number < 2**63:
+            return number
+    except TypeError:
+        pass
+    came = f"a {_kind(exit)}" if isinstance(exit, Tensor) else repr(exit)
+    raise TypeError(f"`exit` is {came}; wanted the number of the exit, which an int64 can hold")
 
 
 def sample_ids(ids: Tensor, rows: int, like: Tensor) -> Tensor:

@@ -513,7 +513,7 @@ def report_command(file: Path, out: Path, title: str | None, **options: Any) -> 
         out,
         ee,
         images,
-        title=title or f"{options['network']} with early exits",
+        title=title or f"{options['network'].rpartition('/')[2]} with early exits",
         data=work.described(),
         classes=images.classes if images.classes and len(images.classes) >= ee.num_classes else None,
         restore=work.restores,

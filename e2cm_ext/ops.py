@@ -361,7 +361,7 @@ def _exit_step(
     rule: str,
     exit: int,
 ) -> tuple[Tensor, Tensor]:
-    limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
+    limit, code, exit = checks.threshold_value(threshold), checks.rule_code(rule), checks.exit_number(exit)
     look = checks.looks("statistics", x, statistics)
     f = look.features
     m, m_dtype, classes = checks.class_vectors("means", look, means)
@@ -396,7 +396,7 @@ def _linear_step(
     rule: str,
     exit: int,
 ) -> tuple[Tensor, Tensor]:
-    limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
+    limit, code, exit = checks.threshold_value(threshold), checks.rule_code(rule), checks.exit_number(exit)
     look = checks.looks("statistics", x, statistics)
     f = look.features
     w, w_dtype, classes = checks.class_vectors("weight", look, weight)
@@ -435,7 +435,7 @@ def _decide(
     checks.same_device("scores", scores, x)
     if scale is not None:
         scale = checks.per_class("scale", scale, s.dim, x)
-    limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
+    limit, code, exit = checks.threshold_value(threshold), checks.rule_code(rule), checks.exit_number(exit)
     ids = checks.sample_ids(ids, f.rows, x)
     out_rows = checks.decisions(out, s.dim, x)
     if gpu.takes(x):
@@ -469,7 +469,7 @@ def _settle(
         raise ValueError("`waiting` is not contiguous; it is written in place")
     if scale is not None:
         scale = checks.per_class("scale", scale, s.dim, scores)
-    limit, code = checks.threshold_value(threshold), checks.rule_code(rule)
+    limit, code, exit = checks.threshold_value(threshold), checks.rule_code(rule), checks.exit_number(exit)
     ids = checks.sample_ids(ids, s.rows, scores)
     checks.decisions(out, s.dim, scores)
     if gpu.takes(scores):

@@ -323,7 +323,11 @@ class Work:
 
     def described(self) -> str:
         part = self.options["part"]
-        bounds = "" if part is None else f"[{'' if part.start is None else part.start}:{part.stop or ''}]"
+        bounds = (
+            ""
+            if part is None
+            else f"[{'' if part.start is None else part.start}:{'' if part.stop is None else part.stop}]"
+        )
         return f"{Path(self.options['data']).name}, split {self.options['split']}{bounds}"
 
 

@@ -261,7 +261,7 @@ def test_an_out_without_rows(op):
 def test_an_exit_that_is_no_int64(op, exit):
     arguments = good() | {"exit": exit}
     before = copy_of(arguments["out"])
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=f"`exit` is {re.escape(repr(exit))}; wanted the number of the exit"):
         call(op, arguments)
     assert_same_decisions(arguments["out"], before)
 
@@ -324,7 +324,7 @@ def test_any_mixture_is_answered_or_refused(data):
     try:
         call(op, arguments)
     except (TypeError, ValueError, IndexError) as error:
-        assert re.search(r"`\w+(\.\w+)?`|incompatible function arguments|unhashable", str(error))
+        assert re.search(r"`\w+(\.\w+)?`|unhashable", str(error))
     except NotImplementedError:
         assert arguments["x"].device.type == "meta"
 
