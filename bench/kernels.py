@@ -311,7 +311,7 @@ NOTES = """\
 - GB/s counts the features and the class means, each once; GFLOP/s counts 2 B K D.
 - limit: max(bytes / read bandwidth of a working set of that size, operations / peak of multiply-add), both probed in
   every round; share: limit / time of ours, median over the rounds. Moving the survivors is in the time, not in the
-  limit. From 25 classes on AMX makes the products, where it is there, by no multiply-add: shares may pass 100%."""
+  limit."""
 
 
 def ways_for(shape: Shape, max_autotune: bool = False) -> list[str]:

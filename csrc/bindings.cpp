@@ -65,6 +65,8 @@ void pack(Address vectors, int dtype, int64_t classes, int64_t dim, Address cent
   e2cm::pack(rows_at(vectors, dtype, classes, dim, dim), at<const float>(center), at<void>(packed), threads);
 }
 
+uint64_t fingerprint(Address data, int64_t bytes) { return e2cm::fingerprint(at<const void>(data), bytes); }
+
 void statistics(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, const Numbers& numbers,
                 Address out, int threads) {
   const e2cm::Pooled pooled = pooled_at({x, x_dtype, rows, dim, x_stride}, numbers);
@@ -326,6 +328,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("classes"), py::arg("dim"));
   m.def("pack", &pack, "Means or weights in the form that rows are multiplied with.", py::arg("vectors"),
         py::arg("dtype"), py::arg("classes"), py::arg("dim"), py::arg("center"), py::arg("packed"), py::arg("threads"));
+  m.def("fingerprint", &fingerprint, "If this differs, so does the memory.", py::arg("data"), py::arg("bytes"));
   m.def("statistics", &statistics, "Statistics of all rows, float32.", py::arg("x"), py::arg("x_dtype"),
         py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("statistics"), py::arg("out"),
         py::arg("threads"));

@@ -45,6 +45,7 @@ __all__ = [
 # Looked up once: an attribute of a module costs as much as looking at a tensor.
 _is_compiling = torch.compiler.is_compiling
 _active_modes = torch._C._len_torch_dispatch_stack
+_jit_tracing = torch._C._get_tracing_state  # torch.jit.trace sees operators alone, too
 _threads = torch.get_num_threads
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
@@ -147,7 +148,7 @@ def exit_step(
     themselves, not copies.
     """
     means, center, panels = _parts(means, center)
-    if not (_is_compiling() or _active_modes()):
+    if not (_is_compiling() or _active_modes() or _jit_tracing()):
         done = _usual_exit_step(
             x, means, scale, threshold, ids, out, center, statistics, rule, exit, panels, _threads()
         )
@@ -175,7 +176,7 @@ def linear_step(
 ) -> tuple[Tensor, Tensor]:
     """exit_step of a linear head: see linear_scores, whose confidences these are, bit for bit."""
     weight, panels = _weight(weight)
-    if not (_is_compiling() or _active_modes()):
+    if not (_is_compiling() or _active_modes() or _jit_tracing()):
         done = _usual_linear_step(x, weight, bias, threshold, ids, out, statistics, rule, exit, panels, _threads())
         if done is not None:
             return done
@@ -203,7 +204,7 @@ def decide(
     `scores` are logits; with `scale` [K] they are distances, and -scores / scale are the logits. A logit of -inf rules
     its class out; a row with a NaN or +inf never leaves.
     """
-    if not (_is_compiling() or _active_modes()):
+    if not (_is_compiling() or _active_modes() or _jit_tracing()):
         done = _usual_decide(x, scores, threshold, ids, out, scale, rule, exit, _threads())
         if done is not None:
             return done
@@ -250,7 +251,7 @@ def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 def _traced(*tensors: Tensor | None, out: Decisions | tuple[()] = ()) -> bool:
     """Is this call to be seen by torch: by a compiler, a dispatch mode, a tensor that is not plain memory?"""
-    if _is_compiling() or _active_modes():
+    if _is_compiling() or _active_modes() or _jit_tracing():
         return True
     if isinstance(out, tuple):
         tensors += out
@@ -276,7 +277,11 @@ def _parts(means: Tensor | Packed, center: Tensor | None) -> tuple[Tensor, Tenso
         return means, center, None  # type: ignore[return-value]
     if center is not None:
         raise ValueError("`center` is given, but `means` are packed: with the center that `pack` was given")
-    return means.vectors, means.center, means.panels
+    return means.vectors, means.center, _panels(means)
+
+
+def _panels(packed: Packed) -> Tensor | None:
+    return None if _is_compiling() or _active_modes() or _jit_tracing() else packed.panels
 
 
 def _weight(weight: Tensor | Packed) -> tuple[Tensor, Tensor | None]:
@@ -284,7 +289,7 @@ def _weight(weight: Tensor | Packed) -> tuple[Tensor, Tensor | None]:
         return weight, None  # type: ignore[return-value]
     if weight.center is not None:
         raise ValueError("`weight` was packed with a center; a linear head has none")
-    return weight.vectors, weight.panels
+    return weight.vectors, _panels(weight)
 
 
 def _class_distances(x: Tensor, means: Tensor, center: Tensor | None, panels: Tensor | None = None) -> Tensor:

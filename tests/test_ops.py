@@ -1007,3 +1007,20 @@ def test_a_center_that_is_no_number_changes_nothing(classes, bad):
         rtol=DISTANCE_ERROR,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("classes", [10, 32])
+def test_an_outlier_does_not_take_the_digits_from_its_neighbours(classes):
+    """Numbers of one block need not be of one size: what is small must count, too."""
+    x, means = torch.full((20, 512), 0.247), torch.full((classes, 512), 0.247)
+    x[:, 0], x[:, 1] = 50, 28
+    means[:, 0], means[:, 1] = 50, 0
+    true = torch.cdist(x.double(), means.double())
+    torch.testing.assert_close(ops.class_distances(x, means).double(), true, rtol=1e-5, atol=0)
+
+    x, weight = torch.zeros(2, 512), torch.zeros(classes, 512)
+    x[:, 0], weight[:, 1] = 1e4, 1e4
+    x[:, 2:], weight[:, 2:] = 0.1, 0.1 * torch.linspace(0, 1, classes)[:, None]
+    got = ops.linear_scores(x, weight, torch.zeros(classes)).log_probs
+    expected = (x.double() @ weight.double().T).log_softmax(1)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from helpers import clusters, generator, sentinels, shuffled_ids
 
 from e2cm_ext import Decisions, Statistics, ops
 from e2cm_ext.heads import ClassMeans, PooledMeans, WhitenedMeans
-from e2cm_ext.packed import Packed
+from e2cm_ext.packed import Kept, Packed
 from e2cm_ext.rules import Confidence
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -106,6 +106,84 @@ def test_what_has_been_written_to_since_is_refused():
             ops.class_scores(x, packed, scale)
 
 
+def of_numpy(t):
+    t.numpy()[:] = 7
+
+
+def of_data(t):
+    t.data.mul_(2)
+
+
+def of_other_memory(t):
+    t.data = t.data.clone() + 1
+
+
+def of_other_order(t):
+    t.data = t.data.contiguous(memory_format=torch.channels_last)
+
+
+def of_swapping(t):
+    torch.utils.swap_tensors(t, t + 1)
+
+
+def of_inference(t):
+    with torch.inference_mode():
+        t.mul_(2)
+
+
+def of_a_fused_optimizer(t):
+    w = torch.nn.Parameter(t)  # the same memory
+    w.grad = torch.ones_like(w)
+    torch.optim.SGD([w], lr=0.1, fused=True).step()
+
+
+WRITES = [of_numpy, of_data, of_other_memory, of_other_order, of_swapping, of_inference, of_a_fused_optimizer]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writes_that_torch_does_not_count_are_noticed(write):
+    means = torch.randn(40, 8, 4, 4, generator=generator(1))
+    x = torch.randn(3, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    kept = Kept()
+    packed = kept.packed(means)
+    ops.class_distances(x, packed)
+    assert kept.packed(means) is packed
+    write(means)
+    same([ops.class_distances(x, kept.packed(means))], [ops.class_distances(x, means)])
+    with pytest.raises(ValueError, match="written to since"):
+        ops.class_distances(x, packed)
+
+
+def test_a_center_of_inference_mode():
+    with torch.inference_mode():
+        x, means, _ = clusters(5, 600, 40, seed=1)
+        center, kept = means.mean(0), Kept()
+    means = means.clone()
+    for _ in range(2):
+        same([ops.class_distances(x, kept.packed(means, center))], [ops.class_distances(x, means, center)])
+        with torch.inference_mode():
+            center[5] += 3
+
+
+def test_a_center_in_the_shape_of_maps_for_flat_means():
+    x = torch.randn(5, 8, 4, 4)
+    means, center = torch.randn(40, 128), torch.randn(8, 4, 4)
+    same([ops.class_distances(x, ops.pack(means, center))], [ops.class_distances(x, means, center)])
+
+
+def test_no_room_is_wasted_on_few_features():
+    for classes, dim in [(1000, 16), (96, 520)]:
+        assert ops.pack(torch.randn(classes, dim)).panels.nbytes < 1.2 * classes * dim * 4 + 10_000
+
+
+@pytest.mark.slow
+def test_packed_outside_of_what_is_compiled():
+    x, means, scale = clusters(5, 600, 40, seed=1)
+    packed = ops.pack(means)
+    compiled = torch.compile(lambda x: ops.class_scores(x, packed, scale), fullgraph=True, backend="aot_eager")
+    same(compiled(x), ops.class_scores(x, means, scale))
+
+
 def test_wrong_arguments():
     x, means, scale = clusters(5, 600, 40, seed=1)
     center, ids, out = means.mean(0), torch.arange(5), Decisions.empty(5, 40)
@@ -119,12 +197,16 @@ def test_wrong_arguments():
         ops.pack(means.double())
     with pytest.raises(TypeError, match="`vectors` is a list"):
         ops.pack([1.0])
-    with pytest.raises(ValueError, match=r"`vectors` has shape \[0, 600\]; wanted \[classes, ...\]"):
+    with pytest.raises(ValueError, match=r"`vectors` has shape \[0, 600\]; wanted a tensor \[classes, ...\]"):
         ops.pack(means[:0])
-    with pytest.raises(ValueError, match=r"`center` is a torch.float32 tensor \[599\]; wanted float32 in the shape"):
+    with pytest.raises(ValueError, match=r"`center` is a torch.float32 tensor \[599\] on cpu; wanted floats in the"):
         ops.pack(means, center[1:])
     with pytest.raises(ValueError, match=r"`center` is a torch.int64 tensor"):
         ops.pack(means, center.long())
+    with pytest.raises(ValueError, match=r"`center` is .* on meta; wanted floats .* on cpu"):
+        ops.pack(means, center.to("meta"))
+    with pytest.raises(ValueError, match=r"`vectors` has shape \[40\]; wanted a tensor \[classes, ...\]"):
+        ops.pack(torch.ones(40))
 
 
 def test_copies_and_pickles_pack_again():
@@ -217,3 +299,13 @@ def test_a_compiled_head_says_the_same(make):
     head(x)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), head(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("classes", [5, 30])
+@pytest.mark.parametrize("make", [ClassMeans, WhitenedMeans])
+def test_a_head_in_torch_jit_trace(make, classes):
+    """It sees operators alone: a call of the compiled module would leave it with memory that nobody writes."""
+    head, x = fitted(make, 1, classes)
+    traced = torch.jit.trace(head, x[:5])
+    same([traced(x[5:9])], [head(x[5:9])])

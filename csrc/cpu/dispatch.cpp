@@ -12,10 +12,6 @@
 #elif defined(E2CM_HAVE_AVX2) || defined(E2CM_HAVE_AVX512)
 #include <cpuid.h>
 #endif
-#ifdef E2CM_HAVE_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace e2cm {
 namespace {
@@ -49,26 +45,8 @@ bool has_avx512() {
 #endif
 #endif
 
-#ifdef E2CM_HAVE_AMX
-bool has_amx() {
-  unsigned eax, ebx, ecx, edx;
-  if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ecx >> 11 & 1)) return false;  // VNNI
-#ifdef E2CM_EMULATE_TILES
-  return true;
-#else
-  if (!(edx >> 24 & 1 && edx >> 25 & 1)) return false;  // tiles, and their products of bytes
-  // A process must ask before it may use tiles. No is an answer: an old kernel, or too small a stack for signals.
-  constexpr long ask = 0x1023, tiles = 18;
-  return syscall(SYS_arch_prctl, ask, tiles) == 0;
-#endif
-}
-#endif
-
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> tables;
-#ifdef E2CM_HAVE_AMX
-  if (has_amx()) tables.push_back(amx_kernels());
-#endif
 #ifdef E2CM_HAVE_AVX512
   if (has_avx512()) tables.push_back(avx512_kernels());
 #endif

@@ -73,7 +73,6 @@ class Logits : public PairSums {
   void lanes(int64_t first, float* out) const;
 
  private:
-  double the_long_way(int64_t row, int64_t k) const;
   const float* const bias_;
 };
 

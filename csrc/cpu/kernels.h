@@ -1,6 +1,5 @@
 // What one instruction set offers to the rest of the core. Each unit (scalar, avx2, avx512, neon) compiles kernels.inl
-// with its own vector type and fills one table; amx replaces the products of avx512's. Only plain pointers and numbers
-// cross between translation units.
+// with its own vector type and fills one table; only plain pointers and numbers cross between translation units.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +31,11 @@ constexpr double kTiny = 1e-25, kHuge = 1e38;
 
 // Rows of memory of which a block each will be needed soon: they are asked for, a few at a time, during other work.
 struct Ahead {
+  static constexpr int64_t few = kBlock / kChain;
   const char* at;
   int64_t rows, stride, block;  // stride and block in bytes
 
-  Ahead take(int64_t few) {
+  Ahead take_few() {
     const Ahead taken = *this;
     at += few * stride;
     rows -= few;
@@ -72,8 +72,7 @@ struct CellSums {
 
 struct Kernels {
   const char* name;
-  int64_t panel;         // means that are packed side by side, at most
-  int64_t panel_floats;  // room for them, for a block
+  int64_t panel;  // means that are packed side by side, at most
 
   // rows[r * kStride + i] = source[r * stride + i] - center[i] for i < n <= kBlock, zeros behind it up to a multiple of
   // kPad; center may be null (nothing is subtracted). norms[r] += |row|^2, if norms is not null.
@@ -88,17 +87,12 @@ struct Kernels {
   void (*add_dots)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const FewMeans& means,
                    double* sums, int64_t ld);
 
-  // What add_products wants of rows, kStride floats each, less the center: as load_block leaves them, or in a form of
-  // its own. norms[r] += |row|^2, if norms is not null.
-  void (*load_rows)(const void* source, DType dtype, int64_t stride, const float* center, int64_t row_count, int64_t n,
-                    float* rows, double* norms);
-
-  // The same of at most `panel` means, into panel_floats floats: turned so that number i of all of them stands side by
-  // side, in vectors filled up with zeros, or in a form of its own.
+  // At most `panel` means, less the center, turned so that number i of all of them stands side by side, in vectors
+  // filled up with zeros. norms[k] += |mean|^2, if norms is not null.
   void (*pack_means)(const void* source, DType dtype, int64_t stride, const float* center, int64_t mean_count,
                      int64_t n, float* panel, double* norms);
 
-  // products[r * ld + k] += row_r . mean_k, of rows that load_rows has left in scratch and means that pack_means has
+  // products[r * ld + k] += row_r . mean_k, of rows that load_block has left in scratch and means that pack_means has
   // packed. Writes whole vectors: ld is a multiple of kLanes. What is ahead is asked for meanwhile: means, then rows.
   void (*add_products)(const float* rows, int64_t row_count, const float* panel, int64_t mean_count, int64_t n,
                        double* products, int64_t ld, Ahead& means_ahead, Ahead& rows_ahead);
@@ -147,7 +141,6 @@ const Kernels& kernels();  // the table in use, chosen once
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
-const Kernels* amx_kernels();
 const Kernels* neon_kernels();
 
 }  // namespace e2cm

@@ -303,7 +303,7 @@ void add_products(const float* rows, int64_t row_count, const float* panel, int6
     const int64_t begin = row_count * t / tiles, height = row_count * (t + 1) / tiles - begin;
     const Multiplier run = mean_count > Vec::lanes ? multiplier_of<2>(height) : multiplier_of<1>(height);
     Ahead& ahead = means_ahead.rows > 0 ? means_ahead : rows_ahead;
-    run(rows + begin * kStride, panel, n, products + begin * ld, ld, ahead.take(kBlock / kChain));
+    run(rows + begin * kStride, panel, n, products + begin * ld, ld, ahead.take_few());
   }
 }
 
@@ -689,23 +689,9 @@ void turn(const void* source, DType dtype, int64_t stride, int64_t rows, int64_t
 }
 
 constexpr Kernels table(const char* name) {
-  return {name,
-          2 * Vec::lanes,
-          2 * Vec::lanes * kBlock,
-          load_block,
-          add_squares,
-          add_dots,
-          load_block,
-          pack_means,
-          add_products,
-          squared_distance,
-          distance_lanes,
-          softmax_lanes,
-          add_cells,
-          repeat,
-          add_pairs,
-          average,
-          turn};
+  return {name,       2 * Vec::lanes, load_block,       add_squares,    add_dots,
+          pack_means, add_products,   squared_distance, distance_lanes, softmax_lanes,
+          add_cells,  repeat,         add_pairs,        average,        turn};
 }
 
 }  // namespace

@@ -24,13 +24,15 @@ struct Cuts {
   explicit Cuts(int64_t d)
       : dim(d), blocks(ceil_div(d, kBlock)), splits(std::max<int64_t>(1, std::min(kMost, ceil_div(d, kLeast)))) {}
   int64_t first_block(int64_t split) const { return blocks * split / splits; }
+  int64_t numbers_in(int64_t block) const { return std::min(kBlock, dim - block * kBlock); }
 
  private:
   static constexpr int64_t kMost = 16;
   static constexpr int64_t kLeast = 4096;  // less is not worth a thread of its own
 };
 
-// [splits, ld] norms (double), then [blocks, across, panel_floats] numbers; of nothing, if there is no memory.
+// [splits, ld] norms (double), then [blocks, across] panels of as many numbers as their block has; of nothing, if there
+// is no memory.
 struct Panels {
   const Cuts cuts;
   const int64_t across, ld;
@@ -40,10 +42,12 @@ struct Panels {
 
   explicit operator bool() const { return memory_; }
   double* norms() const { return static_cast<double*>(memory_); }
+  int64_t norms_size() const { return cuts.splits * ld; }
+  int64_t numbers_size() const { return cuts.dim * across * kernels().panel; }
   // Of class k, a multiple of a panel's width, and of those that follow.
   float* at(int64_t block, int64_t k) const {
-    float* const numbers = reinterpret_cast<float*>(norms() + cuts.splits * ld);
-    return numbers + (block * across + k / kernels().panel) * kernels().panel_floats;
+    float* const numbers = reinterpret_cast<float*>(norms() + norms_size());
+    return numbers + block * kBlock * across * kernels().panel + k * cuts.numbers_in(block);
   }
 
  private:
