@@ -38,6 +38,7 @@ class ClassMeans(Head, kind="class_means"):
     class; the nearest mean is another one for 0.4% of the samples, and no confidence changes by more than 0.002.
 
     Sums are double. Held while fitting: K * D doubles, beside the batch; during an update, up to half as much again.
+    With more than 24 classes, means that are in use on the CPU are held a second time, packed (see ops.pack).
     Means take the memory order of the features they are fitted on, so that features in that order are compared with
     them without a copy; `.to(memory_format=...)` converts them. `.half()` and the like leave them in float32, whatever
     the features are: distances outgrow 16 bits.
