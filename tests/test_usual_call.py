@@ -794,8 +794,9 @@ assert not met(None) and not met(3)
 @pytest.mark.slow
 @needs_it
 def test_all_ops_the_careful_way():
-    files = ["test_ops.py", "test_statistics.py", "test_checks.py", "test_threads.py", "test_usual_call.py"]
-    result = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *files, E2CM_CAREFUL="1")
+    files = ["test_ops.py", "test_statistics.py", "test_checks.py", "test_packed.py", "test_usual_call.py"]
+    told = {"E2CM_CAREFUL": "1", "HYPOTHESIS_PROFILE": "again"}
+    result = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *files, **told)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 400
 
