@@ -401,7 +401,7 @@ bool is_head(const Tensor& t, const Batch& x, const Looks& looks) {
   return looks.at_x ? x.is_order_of(t, 1) : looks.size > 0 && is_matrix(t, t.shape[0], looks.size);
 }
 
-// Is t what packed.py has made of a head? No head: null.
+// May t be what packed.py has made of these vectors? Null: it has made nothing.
 bool is_packed(const Tensor* t, int64_t classes, int64_t dim) {
   return !t || (is_dtype(*t, dlpack::kUInt, 8) && is_vector(*t, packed_bytes(classes, dim)));
 }

@@ -19,6 +19,16 @@ RULES = {"confidence": 0, "entropy": 1}
 _STRIDED, _FLOAT32, _INT64 = torch.strided, torch.float32, torch.int64
 
 
+_is_compiling = torch.compiler.is_compiling
+_active_modes = torch._C._len_torch_dispatch_stack
+_jit_tracing = torch._C._get_tracing_state
+
+
+def watched() -> bool:
+    """Is torch looking on: a compiler, a dispatch mode, torch.jit.trace? They see operators alone."""
+    return bool(_is_compiling() or _active_modes() or _jit_tracing())
+
+
 class Batch(NamedTuple):
     """A batch as the kernels see it: rows of `dim` numbers, dense inside, `stride` numbers apart."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import checks, ops
 from .decisions import Decisions
 from .head import Head, in_own_dtype, judged, positive, total
-from .packed import Kept, Packed
+from .packed import Packed, Packing
 from .rules import Confidence, Entropy, Rule
 from .statistics import Statistics
 
@@ -60,7 +60,7 @@ class ClassMeans(Head, kind="class_means"):
         self.register_buffer("scale", torch.full((self.num_classes,), math.nan))
         self.register_buffer("center", torch.zeros(shape))
         self._store_in_order(channels_last)
-        self._kept = Kept()
+        self._packing = Packing()
         self._sums: Tensor | None = None  # [K, *shape] float64 in the memory order of the first batch
         self._squares: Tensor | None = None  # of all features of all samples, float64
         self._distances: Tensor | None = None  # [K] float64
@@ -167,7 +167,7 @@ class ClassMeans(Head, kind="class_means"):
     # ---- answering --------------------------------------------------------------------------------------------------
 
     def _packed(self) -> Packed:
-        return self._kept.packed(self.means, self.center)
+        return self._packing.packed(self.means, self.center)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.class_scores(x, self._packed(), self.scale, statistics=self.statistics).log_probs

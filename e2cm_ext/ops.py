@@ -43,9 +43,7 @@ __all__ = [
 ]
 
 # Looked up once: an attribute of a module costs as much as looking at a tensor.
-_is_compiling = torch.compiler.is_compiling
-_active_modes = torch._C._len_torch_dispatch_stack
-_jit_tracing = torch._C._get_tracing_state  # torch.jit.trace sees operators alone, too
+_watched = checks.watched
 _threads = torch.get_num_threads
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
@@ -148,7 +146,7 @@ def exit_step(
     themselves, not copies.
     """
     means, center, panels = _parts(means, center)
-    if not (_is_compiling() or _active_modes() or _jit_tracing()):
+    if not _watched():
         done = _usual_exit_step(
             x, means, scale, threshold, ids, out, center, statistics, rule, exit, panels, _threads()
         )
@@ -176,7 +174,7 @@ def linear_step(
 ) -> tuple[Tensor, Tensor]:
     """exit_step of a linear head: see linear_scores, whose confidences these are, bit for bit."""
     weight, panels = _weight(weight)
-    if not (_is_compiling() or _active_modes() or _jit_tracing()):
+    if not _watched():
         done = _usual_linear_step(x, weight, bias, threshold, ids, out, statistics, rule, exit, panels, _threads())
         if done is not None:
             return done
@@ -204,7 +202,7 @@ def decide(
     `scores` are logits; with `scale` [K] they are distances, and -scores / scale are the logits. A logit of -inf rules
     its class out; a row with a NaN or +inf never leaves.
     """
-    if not (_is_compiling() or _active_modes() or _jit_tracing()):
+    if not _watched():
         done = _usual_decide(x, scores, threshold, ids, out, scale, rule, exit, _threads())
         if done is not None:
             return done
@@ -251,7 +249,7 @@ def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 def _traced(*tensors: Tensor | None, out: Decisions | tuple[()] = ()) -> bool:
     """Is this call to be seen by torch: by a compiler, a dispatch mode, a tensor that is not plain memory?"""
-    if _is_compiling() or _active_modes() or _jit_tracing():
+    if _watched():
         return True
     if isinstance(out, tuple):
         tensors += out
@@ -281,7 +279,7 @@ def _parts(means: Tensor | Packed, center: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _panels(packed: Packed) -> Tensor | None:
-    return None if _is_compiling() or _active_modes() or _jit_tracing() else packed.panels
+    return None if _watched() else packed.panels
 
 
 def _weight(weight: Tensor | Packed) -> tuple[Tensor, Tensor | None]:

@@ -323,11 +323,8 @@ class Work:
 
     def described(self) -> str:
         part = self.options["part"]
-        bounds = (
-            ""
-            if part is None
-            else f"[{'' if part.start is None else part.start}:{'' if part.stop is None else part.stop}]"
-        )
+        ends = () if part is None else ("" if end is None else str(end) for end in (part.start, part.stop))
+        bounds = f"[{':'.join(ends)}]" if part else ""
         return f"{Path(self.options['data']).name}, split {self.options['split']}{bounds}"
 
 

@@ -11,9 +11,6 @@ from . import _native, checks
 
 __all__ = ["Packed", "pack"]
 
-_is_compiling = torch.compiler.is_compiling
-_active_modes = torch._C._len_torch_dispatch_stack
-_jit_tracing = torch._C._get_tracing_state
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -89,12 +86,11 @@ def pack(vectors: Tensor, center: Tensor | None = None) -> Packed:
 
     vectors [K, ...]: means or weights, in the memory order of the features that they will meet (in another order they
     are packed in vain); center [...]: as in exit_step. With 24 classes or fewer, on a GPU, and for a tensor that is
-    being traced there is nothing to make. The rest takes as much memory as the vectors do in float32, for up to 31
+    being traced there is nothing to make. The rest takes as much memory as the vectors do in float32, for up to 15
     classes more.
     """
     packed = Packed(vectors, center)
-    traced = _is_compiling() or _active_modes() or _jit_tracing()
-    if not traced and (type(vectors) in _PLAIN or not isinstance(vectors, Tensor)):
+    if not checks.watched() and (type(vectors) in _PLAIN or not isinstance(vectors, Tensor)):
         packed._pack()
     return packed
 
@@ -114,7 +110,7 @@ def _like_one(vectors: checks.Batch, center: Tensor) -> Tensor:
     return center.float().reshape(1, *shape).contiguous(memory_format=last)[0]
 
 
-class Kept:
+class Packing:
     """What was packed last, for a head that is asked again and again: packed anew if its tensors are others now."""
 
     def __init__(self) -> None:
@@ -124,16 +120,11 @@ class Kept:
         last = self._last if self._last is not None and self._last.is_of(vectors, center) else None
         if last is not None and last.is_empty():
             return last
-        if (
-            _is_compiling()
-            or _active_modes()
-            or _jit_tracing()
-            or any(t.is_inference() for t in (vectors, center) if t is not None)
-        ):
+        if checks.watched() or any(t.is_inference() for t in (vectors, center) if t is not None):
             return Packed(vectors, center)  # of inference mode: some changes could not be noticed
         if last is None or not last.is_current():
             last = self._last = pack(vectors, center)
         return last
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Kept, ()
+        return Packing, ()

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import ops
 from .decisions import Decisions
 from .head import Head, in_own_dtype, judged, refuse_non_finite, total
-from .packed import Kept, Packed
+from .packed import Packed, Packing
 from .rules import Confidence, Entropy, Rule
 from .statistics import Statistics
 
@@ -91,7 +91,7 @@ class WhitenedMeans(Head, kind="whitened_means"):
         size = self.statistics.size(self.feature_shape)
         self.register_buffer("weight", torch.zeros(self.num_classes, size))
         self.register_buffer("bias", torch.full((self.num_classes,), -math.inf))
-        self._kept = Kept()
+        self._packing = Packing()
         self._scatter: _Scatter | None = None
 
     # ---- fitting ----------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class WhitenedMeans(Head, kind="whitened_means"):
     # ---- answering --------------------------------------------------------------------------------------------------
 
     def _packed(self) -> Packed:
-        return self._kept.packed(self.weight)
+        return self._packing.packed(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear_scores(x, self._packed(), self.bias, self.statistics).log_probs

@@ -18,9 +18,8 @@ from hypothesis import settings
 from e2cm_ext import gpu, ops
 
 settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=45, print_blob=False)
-settings.register_profile(
-    "again", derandomize=True, deadline=None, database=None, max_examples=20
-)  # another level, way
+# For all ops once more: at another level of instructions, or with nothing taken for usual.
+settings.register_profile("again", derandomize=True, deadline=None, database=None, max_examples=20)
 settings.register_profile("brief", derandomize=True, deadline=None, database=None, max_examples=8)
 settings.register_profile("explore", deadline=None, database=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))

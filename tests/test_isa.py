@@ -46,9 +46,8 @@ torch.save(answers, sys.argv[2])
 
 def python(isa, *arguments):
     """Runs Python next to the tests, which is not where the package's sources are."""
-    environment = (
-        {"HYPOTHESIS_PROFILE": "again"} | os.environ | {"E2CM_ISA": isa, "PYTEST_ADDOPTS": ""}
-    )  # with its -q, -q would print no count
+    own = {"E2CM_ISA": isa, "PYTEST_ADDOPTS": ""}  # with the latter's -q, -q would print no count
+    environment = {"HYPOTHESIS_PROFILE": "again"} | os.environ | own
     return subprocess.run(
         [sys.executable, *map(str, arguments)], env=environment, cwd=HERE, capture_output=True, text=True, timeout=500
     )

@@ -10,7 +10,7 @@ from helpers import clusters, generator, sentinels, shuffled_ids
 
 from e2cm_ext import Decisions, Statistics, ops
 from e2cm_ext.heads import ClassMeans, PooledMeans, WhitenedMeans
-from e2cm_ext.packed import Kept, Packed
+from e2cm_ext.packed import Packed, Packing
 from e2cm_ext.rules import Confidence
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -144,12 +144,12 @@ WRITES = [of_numpy, of_data, of_other_memory, of_other_order, of_swapping, of_in
 def test_writes_that_torch_does_not_count_are_noticed(write):
     means = torch.randn(40, 8, 4, 4, generator=generator(1))
     x = torch.randn(3, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-    kept = Kept()
-    packed = kept.packed(means)
+    packing = Packing()
+    packed = packing.packed(means)
     ops.class_distances(x, packed)
-    assert kept.packed(means) is packed
+    assert packing.packed(means) is packed
     write(means)
-    same([ops.class_distances(x, kept.packed(means))], [ops.class_distances(x, means)])
+    same([ops.class_distances(x, packing.packed(means))], [ops.class_distances(x, means)])
     with pytest.raises(ValueError, match="written to since"):
         ops.class_distances(x, packed)
 
@@ -157,10 +157,10 @@ def test_writes_that_torch_does_not_count_are_noticed(write):
 def test_a_center_of_inference_mode():
     with torch.inference_mode():
         x, means, _ = clusters(5, 600, 40, seed=1)
-        center, kept = means.mean(0), Kept()
+        center, packing = means.mean(0), Packing()
     means = means.clone()
     for _ in range(2):
-        same([ops.class_distances(x, kept.packed(means, center))], [ops.class_distances(x, means, center)])
+        same([ops.class_distances(x, packing.packed(means, center))], [ops.class_distances(x, means, center)])
         with torch.inference_mode():
             center[5] += 3
 

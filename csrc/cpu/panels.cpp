@@ -17,17 +17,18 @@ void pack(const Rows& vectors, const float* center, void* packed, int threads) {
   const Cuts& cuts = panels.cuts;
   const int64_t width = kernels().panel;
   std::fill_n(panels.norms(), panels.norms_size(), 0.0);
-  parallel_for(panels.across, useful_threads(threads, vectors.rows * vectors.dim), [&](int64_t panel, int) {
-    const int64_t k = panel * width, count = std::min(width, vectors.rows - k);
-    for (int64_t split = 0; split < cuts.splits; ++split) {
-      for (int64_t block = cuts.first_block(split); block < cuts.first_block(split + 1); ++block) {
-        const int64_t at = block * kBlock;
-        kernels().pack_means(element(vectors, k, at), vectors.dtype, vectors.stride, center ? center + at : nullptr,
-                             count, cuts.numbers_in(block), panels.at(block, k),
-                             panels.norms() + split * panels.ld + k);
-      }
-    }
-  });
+  parallel_for(ceil_div(vectors.rows, width), useful_threads(threads, vectors.rows * vectors.dim),
+               [&](int64_t panel, int) {
+                 const int64_t k = panel * width, count = std::min(width, vectors.rows - k);
+                 for (int64_t split = 0; split < cuts.splits; ++split) {
+                   for (int64_t block = cuts.first_block(split); block < cuts.first_block(split + 1); ++block) {
+                     const int64_t at = block * kBlock;
+                     kernels().pack_means(element(vectors, k, at), vectors.dtype, vectors.stride,
+                                          center ? center + at : nullptr, count, cuts.numbers_in(block),
+                                          panels.at(block, k), panels.norms() + split * panels.ld + k);
+                   }
+                 }
+               });
 }
 
 uint64_t fingerprint(const void* data, int64_t bytes) {

@@ -31,23 +31,22 @@ struct Cuts {
   static constexpr int64_t kLeast = 4096;  // less is not worth a thread of its own
 };
 
-// [splits, ld] norms (double), then [blocks, across] panels of as many numbers as their block has; of nothing, if there
-// is no memory.
+// [splits, ld] norms (double), then for every block the panels of all classes, of as many numbers as it has; of
+// nothing, if there is no memory.
 struct Panels {
   const Cuts cuts;
-  const int64_t across, ld;
+  const int64_t ld;
 
-  Panels(int64_t classes, int64_t dim, void* memory)
-      : cuts(dim), across(ceil_div(classes, kernels().panel)), ld(round_up(classes, kLanes)), memory_(memory) {}
+  Panels(int64_t classes, int64_t dim, void* memory) : cuts(dim), ld(round_up(classes, kLanes)), memory_(memory) {}
 
   explicit operator bool() const { return memory_; }
   double* norms() const { return static_cast<double*>(memory_); }
   int64_t norms_size() const { return cuts.splits * ld; }
-  int64_t numbers_size() const { return cuts.dim * across * kernels().panel; }
+  int64_t numbers_size() const { return cuts.dim * ld; }
   // Of class k, a multiple of a panel's width, and of those that follow.
   float* at(int64_t block, int64_t k) const {
     float* const numbers = reinterpret_cast<float*>(norms() + norms_size());
-    return numbers + block * kBlock * across * kernels().panel + k * cuts.numbers_in(block);
+    return numbers + block * kBlock * ld + k * cuts.numbers_in(block);
   }
 
  private:
