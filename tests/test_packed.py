@@ -137,11 +137,31 @@ def of_a_fused_optimizer(t):
     torch.optim.SGD([w], lr=0.1, fused=True).step()
 
 
-WRITES = [of_numpy, of_data, of_other_memory, of_other_order, of_swapping, of_inference, of_a_fused_optimizer]
+def of_one_number(t):  # the 40th is none of those that are looked at: torch has counted
+    t.view(-1)[40] += 1
+
+
+def of_one_number_in_other_memory(t):
+    other = t.clone()
+    of_one_number(other)
+    t.data = other
+
+
+WRITES = [
+    of_one_number,
+    of_one_number_in_other_memory,
+    of_numpy,
+    of_data,
+    of_other_memory,
+    of_other_order,
+    of_swapping,
+    of_inference,
+    of_a_fused_optimizer,
+]
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_writes_that_torch_does_not_count_are_noticed(write):
+def test_writes_are_noticed_also_where_torch_does_not_count(write):
     means = torch.randn(40, 8, 4, 4, generator=generator(1))
     x = torch.randn(3, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     packing = Packing()
