@@ -1,46 +1,23 @@
 """Early exits for trained image classifiers: every sample leaves the network as soon as it is recognised."""
 
-import torch  # before _native, so that both share one OpenMP runtime
-
-try:
-    from ._native import build_info
-except ModuleNotFoundError as error:
-    raise ImportError(
-        "e2cm_ext has no compiled module here: `pip install .` makes one (`pip install -e .`, to work on the package); "
-        "a checkout that is not installed cannot be imported"
-    ) from error
-from . import (
-    calibration,
-    cascade,
-    clusters,
-    cost,
-    data,
-    deploy,
-    fast_exit,
-    guarantee,
-    heads,
-    ops,
-    profile,
-    reference,
-    rules,
-    selection,
-    stages,
-    stream,
+from . import calibration, clusters, data, deploy, fast_exit, heads, ops, runtime, stages
+from .calibration import (
+    Curve,
+    GuaranteedPoint,
+    OperatingPoint,
+    Profile,
+    Record,
+    Selection,
+    TimedPoint,
+    curve,
+    select,
 )
-from .calibration import Curve, OperatingPoint, curve
-from .cost import Costs
-from .decisions import Decisions
 from .early_exit import EarlyExit, Evaluation
 from .fast_exit import FastExit
-from .guarantee import GuaranteedPoint
-from .heads import ClassMeans, Head, PooledMeans
-from .profile import Profile, TimedPoint
-from .record import Record
-from .rules import Confidence, Entropy, Rule
-from .selection import Selection, select
-from .stages import CutError, Stages, cut
-from .statistics import Statistics
-from .whitened import WhitenedMeans
+from .heads import ClassMeans, Confidence, Entropy, Head, PooledMeans, Rule, WhitenedMeans
+from .native import build_info
+from .ops.types import Decisions, Statistics
+from .stages import Costs, CutError, Stages, cut
 
 __version__: str = build_info()["version"]
 __all__ = [
@@ -74,25 +51,16 @@ __all__ = [
     # exits
     "Selection",
     "select",
-    # the rooms
+    # packages
     "calibration",
-    "cascade",
     "clusters",
-    "cost",
     "data",
     "deploy",
-    "guarantee",
     "heads",
     "ops",
-    "profile",
-    "reference",
-    "rules",
-    "selection",
+    "runtime",
     "stages",
-    "stream",
     # this build
     "__version__",
     "build_info",
 ]
-
-del torch

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .head import in_own_dtype, positive, refuse_non_finite
+from .heads.base import in_own_dtype, positive, refuse_non_finite
 from .stages import Stages
 
 if TYPE_CHECKING:

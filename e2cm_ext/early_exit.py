@@ -13,29 +13,32 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from . import calibration, cascade, combination, files, passes, processes, selection
-from . import profile as timing
-from .calibration import Curve, Method, OperatingPoint
+from .calibration import curves, recording, selection
+from .calibration import profile as timing
+from .calibration.curves import Curve, Method, OperatingPoint
+from .calibration.guarantee import Of
+from .calibration.profile import Profile, TimedPoint, check_batch_size
+from .calibration.record import Record, threshold_vector
+from .calibration.selection import Selection
+from .calibration.target import Target
 from .clusters import Centres, centres_of, sample, with_centres, without_centres
-from .combination import Combination
-from .compaction import Compaction
-from .compiled import Compiled
-from .cost import Costs
-from .decisions import Decisions
-from .export import Format, export
-from .guarantee import Of
-from .head import positive
-from .heads import Head, build, from_config
-from .passes import Loader
-from .profile import Profile, TimedPoint, check_batch_size
-from .record import Record, threshold_vector
-from .rules import Rule
-from .rules import rule as rule_named
-from .seen import Seen
-from .selection import Selection
+from .data.loader import Loader, no_labels, place_of, placed, refuse_train_mode, refuse_used_up
+from .data.overlap import FittedImages
+from .deploy.exporter import Format, export
+from .heads import Head, build, ensemble, fitting, from_config
+from .heads.base import positive
+from .heads.ensemble import Combination
+from .heads.protocol import Visit
+from .heads.rules import Rule
+from .heads.rules import rule as rule_named
+from .ops.types import Decisions
+from .runtime import cascade
+from .runtime.compaction_policy import Compaction
+from .runtime.stream import Stream
 from .stages import Stages, at_exits, cut, stage_flops
-from .stream import Stream
-from .targets import Target
+from .stages.compiled import Compiled
+from .stages.flops import Costs
+from .utils import distributed, serialization
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -92,8 +95,8 @@ class EarlyExit(nn.Module):
     costs: Costs  # FLOPs per sample of stages and heads; .fractions: what leaving at each exit costs
     num_classes: int  # or clusters
     labelled: bool = True  # False, after fit(labels=None): whatever wants labels takes the network's own answers
-    # What exits answer where earlier ones are not forgotten; see e2cm_ext.combination. Exits that are off take no part,
-    # so a record, in which all are on, tells what happens as long as all thresholds are finite: `calibrate` sees to it.
+    # What exits answer where earlier ones are not forgotten; see heads/ensemble.py. Exits that are off take no part, so
+    # a record, in which all are on, tells what happens as long as all thresholds are finite: `calibrate` sees to it.
     combination: Combination | None = None
     selection: Selection | None = None  # what `select` found, in the network that it made; not saved
     compaction: Compaction  # when inference moves survivors together: by FLOPs, or by the last profile; not saved
@@ -117,7 +120,7 @@ class EarlyExit(nn.Module):
                 "`select` or `at_exits`"
             )
         stages = cut(model, example_input, exits)
-        if isinstance(head, str) and passes.place_of(stages)[1] is torch.float64:
+        if isinstance(head, str) and place_of(stages)[1] is torch.float64:
             raise TypeError("`model` is torch.float64; exits take float32, bfloat16 or float16: call model.float()")
         shapes, found = _shapes(stages, example_input[:1])
         if num_classes not in (None, found):
@@ -136,13 +139,13 @@ class EarlyExit(nn.Module):
         image_shape: tuple[int, ...],
         image_dtype: torch.dtype,
     ) -> None:
-        device, _ = passes.place_of(stages)
+        device, _ = place_of(stages)
         self.stages = stages
         self.heads = nn.ModuleList(heads).to(device)
         self.rule, self.costs, self.num_classes = rule, costs, heads[0].num_classes
         self.register_buffer("thresholds", torch.full((len(heads),), math.inf, dtype=torch.float32, device=device))
         self._image_shape, self._image_dtype = image_shape, image_dtype
-        self._seen: Seen | None = None  # when the heads were fitted; not saved
+        self._seen: FittedImages | None = None  # when the heads were fitted; not saved
         self.compaction = Compaction.by_flops(
             costs.stages, [image_dtype.itemsize * math.prod(head.feature_shape) for head in heads]
         )
@@ -186,7 +189,7 @@ class EarlyExit(nn.Module):
         stages, heads = self._answering(loader, clusters, progress)
         own = None if labels is not None else lambda images: stages(images).argmax(1)
         ready = self._loader(loader, progress, own)._replace(num_classes=heads[0].num_classes)
-        fitted, self._seen = passes.fit(heads, self._walk, ready)
+        fitted, self._seen = fitting.fit(heads, self._walk, ready)
         if stages is not self.stages:
             self._compiled = None  # of a network that answers otherwise: `compile` again
         self.stages, self.labelled, self.num_classes = stages, labels is not None, heads[0].num_classes
@@ -202,16 +205,16 @@ class EarlyExit(nn.Module):
         heads = self._heads()
         if clusters is not None:
             ready = self._loader(loader, progress)
-            passes.refuse_used_up(ready, 2)
-            with processes.in_step("fit"):
+            refuse_used_up(ready, 2)
+            with distributed.synchronize_errors("fit"):
                 mine = sample(stages(images) for images in ready.images("clusters") if len(images))
-            rows = processes.everyones(mine)
-            centres = processes.of_the_first(lambda: centres_of(torch.cat(rows), clusters))
-            device, _ = passes.place_of(stages)
+            rows = distributed.all_gather_objects(mine)
+            centres = distributed.broadcast_from_rank0(lambda: centres_of(torch.cat(rows), clusters))
+            device, _ = place_of(stages)
             stages = with_centres(stages, centres.to(device))
         if clusters is not None or before is not None:
             example = torch.zeros(1, *self._image_shape, dtype=self._image_dtype)
-            _, count = _shapes(stages, passes.placed(example, stages))
+            _, count = _shapes(stages, placed(example, stages))
             heads = [from_config(head.config() | {"num_classes": count}).to(self.thresholds.device) for head in heads]
         return stages, heads
 
@@ -222,8 +225,8 @@ class EarlyExit(nn.Module):
         """
         self._refuse_train_mode("record")
         self._refuse_unfitted([-math.inf] * len(self.heads))
-        ready = self._loader(loader, progress, None if self.labelled else passes.no_labels)
-        found = passes.record(
+        ready = self._loader(loader, progress, None if self.labelled else no_labels)
+        found = recording.record(
             self._heads(), self.rule, self._walk, ready, lambda: self.costs, self._seen, self.combination
         )
         return found if self.labelled else replace(found, label=found.prediction[:, -1].long())
@@ -242,7 +245,7 @@ class EarlyExit(nn.Module):
         """
         record = loader if isinstance(loader, Record) else self.record(loader, progress)
         self._refuse_foreign(record)
-        return calibration.curve(record, method=method, progress=progress)
+        return curves.curve(record, method=method, progress=progress)
 
     def calibrate(
         self,
@@ -303,18 +306,19 @@ class EarlyExit(nn.Module):
     def profile(self, images: Tensor, batch_size: int = 128, *, repeats: int = 10, progress: bool = True) -> Profile:
         """How long every stage and every exit step takes here, at batch sizes 1, 2, 4, ... up to `batch_size`.
 
-        images: a batch to run; a smaller one is repeated. Medians of `repeats` rounds; see `e2cm_ext.profile`.
+        images: a batch to run; a smaller one is repeated. Medians of `repeats` rounds; see
+        `e2cm_ext.calibration.profile`.
         Inference goes by it from then on where it has to choose between moving survivors together and carrying on with
         those who have left; that changes no answer.
         """
-        placed = passes.placed(images, self.stages)
-        self._limits(placed)
+        batch = placed(images, self.stages)
+        self._limits(batch)
         self._refuse_unfitted([-math.inf] * len(self.heads))
         found = timing.measure(
             self._heads(),
             self.rule,
             self._walk,
-            placed,
+            batch,
             self.exit_names,
             batch_size=batch_size,
             repeats=repeats,
@@ -330,7 +334,7 @@ class EarlyExit(nn.Module):
         accuracy and FLOPs of the point returned are those of the record without these exits.
         """
         self._refuse_foreign(record)
-        point = timing.paying(record, profile, self.thresholds, batch_size)
+        point = timing.drop_unprofitable_exits(record, profile, self.thresholds, batch_size)
         self.thresholds = point.thresholds
         return point
 
@@ -339,12 +343,12 @@ class EarlyExit(nn.Module):
         # The last number: of right answers.
         tally = torch.zeros(len(self.stages) + 1, dtype=torch.int64, device=self.thresholds.device)
         own = None if self.labelled else lambda images: self.stages(images).argmax(1)
-        with processes.in_step("evaluate"):
+        with distributed.synchronize_errors("evaluate"):
             for images, labels in self._loader(loader, progress, own).run("evaluate"):
                 decisions = self.predict(images)
                 tally[-1] += (decisions.prediction == labels).sum()
                 tally[:-1] += decisions.exit.bincount(minlength=len(self.stages))
-        *exits, correct = processes.total(tally).tolist()
+        *exits, correct = distributed.all_reduce_sum(tally).tolist()
         leavers, count = torch.tensor(exits, device="cpu"), sum(exits)
         if not count:
             raise ValueError("the loader gave no sample: all its batches are empty")
@@ -364,8 +368,8 @@ class EarlyExit(nn.Module):
         """A new network with only those exits that are worth it, found on a loader's samples or on a record of them.
 
         count: how many; without it, as few as come within 0.001 of the best. flops: the budgets that matter. See
-        `e2cm_ext.selection`; what was found is in `selection` of the new network, to be printed. As with `at_exits`,
-        this one stays as it is. Take samples that the heads were not fitted on.
+        `e2cm_ext.calibration.selection`; what was found is in `selection` of the new network, to be printed. As
+        with `at_exits`, this one stays as it is. Take samples that the heads were not fitted on.
         """
         if self.combination is not None:
             raise ValueError(
@@ -448,7 +452,7 @@ class EarlyExit(nn.Module):
         return self._through(images, self._limits(images) or [math.inf] * len(self.heads)).result()
 
     def _through(self, images: Tensor, limits: Sequence[float]) -> cascade.Cascade:
-        return cascade.through(
+        return cascade.run_cascade(
             self._compiled or self.stages,
             self._heads(),
             self.rule,
@@ -593,7 +597,7 @@ class EarlyExit(nn.Module):
     # ---- what can be wrong ------------------------------------------------------------------------------------------
 
     def _refuse_train_mode(self, what: str) -> None:
-        passes.refuse_train_mode(self, what)
+        refuse_train_mode(self, what)
 
     def _refuse_late_train_mode(self) -> None:
         if self.training or any(leaf.training for leaf in self._leaves):
@@ -624,7 +628,7 @@ class EarlyExit(nn.Module):
                 if not isinstance(value, Tensor):
                     raise TypeError(f"{name!r} of {type(head).__name__} is a {type(value).__name__}; wanted a tensor")
                 tensors[f"heads.{j}.{name}"] = value
-        _, dtype = passes.place_of(self.stages)
+        _, dtype = place_of(self.stages)
         _, centres = without_centres(self.stages)
         if centres is not None:
             tensors |= {"centres.means": centres.means, "centres.spread": centres.spread}
@@ -637,9 +641,9 @@ class EarlyExit(nn.Module):
             "costs": {"stages": self.costs.stages, "heads": self.costs.heads},
             "image_shape": self._image_shape,
             "image_dtype": str(dtype if self._image_dtype.is_floating_point else self._image_dtype),
-            "network": fingerprint(self.stages),
+            "network": weights_sha256(self.stages),
         }
-        files.write(path, _KIND, tensors, info)
+        serialization.write(path, _KIND, tensors, info)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module, rule: Rule | None = None) -> Self:
@@ -650,10 +654,10 @@ class EarlyExit(nn.Module):
         """
         if not isinstance(model, nn.Module) or isinstance(model, EarlyExit):
             raise TypeError(f"`model` is a {type(model).__name__}; wanted the torch.nn.Module that {path} was made for")
-        passes.refuse_train_mode(model, "load")
-        tensors, info = files.read(path, _KIND)
+        refuse_train_mode(model, "load")
+        tensors, info = serialization.read(path, _KIND)
         decide = _saved_rule(path, info["rule"], rule)
-        device, own = passes.place_of(model)
+        device, own = place_of(model)
         saved = getattr(torch, info["image_dtype"].removeprefix("torch."))
         dtype = own if saved.is_floating_point else saved
         stages = _cut_again(
@@ -663,7 +667,7 @@ class EarlyExit(nn.Module):
             plain, _ = without_centres(stages)
             centres = Centres(tensors["centres.means"], tensors["centres.spread"]).to(device)
             stages = with_centres(plain, centres)
-        if fingerprint(stages) != info["network"]:
+        if weights_sha256(stages) != info["network"]:
             raise ValueError(
                 f"{path} belongs to another network: the modules of this `model` have the same names, but not the "
                 "same weights (or dtypes)"
@@ -679,7 +683,7 @@ class EarlyExit(nn.Module):
         loaded._assemble(stages, heads, decide, costs, tuple(info["image_shape"]), dtype)
         loaded.thresholds = tensors["thresholds"]
         if info.get("combination") is not None:
-            loaded.combination = combination.from_config(info["combination"])
+            loaded.combination = ensemble.from_config(info["combination"])
         loaded.labelled = info.get("labelled", True)
         return loaded
 
@@ -710,7 +714,7 @@ class EarlyExit(nn.Module):
     ) -> Loader:
         return Loader(batches, self.stages, self.num_classes, self._image_shape, progress, answers)
 
-    def _walk(self, images: Tensor, visit: passes.Visit, *, logits: bool) -> Tensor:
+    def _walk(self, images: Tensor, visit: Visit, *, logits: bool) -> Tensor:
         x = images
         stages: Iterable[cascade.Stage] = self._compiled or self.stages
         *early, last = stages
@@ -757,14 +761,14 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def fingerprint(stages: Stages) -> str:
+def weights_sha256(stages: Stages) -> str:
     """SHA-256 over names, dtypes, shapes and values of all the weights of a network, whatever their memory order."""
     found = [(name, j, value) for j, stage in enumerate(stages) for name, value in stage.state_dict().items()]
     digest = hashlib.sha256()
     for name, _, value in sorted(found, key=lambda item: item[:2]):
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
-            digest.update(files.bytes_of(value))
+            digest.update(serialization.bytes_of(value))
     return digest.hexdigest()
 
 

@@ -18,22 +18,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, cost, passes
-from . import profile as timing
-from .calibration import Curve, Method, OperatingPoint
-from .cascade import Cascade
-from .cost import Costs
-from .decisions import Decisions
-from .guarantee import Of
-from .head import positive
-from .heads import Head, build
-from .passes import Loader
-from .profile import Profile
-from .record import Record, threshold_vector
-from .rules import Rule
-from .rules import rule as rule_named
-from .seen import Seen
-from .targets import Target
+from .calibration import profile as timing
+from .calibration import recording
+from .calibration.curves import Curve, Method, OperatingPoint
+from .calibration.guarantee import Of
+from .calibration.profile import Profile
+from .calibration.record import Record, threshold_vector
+from .calibration.target import Target
+from .data.loader import Loader, placed, refuse_train_mode
+from .data.overlap import FittedImages
+from .heads import Head, build, fitting
+from .heads.base import positive
+from .heads.protocol import Visit
+from .heads.rules import Rule
+from .heads.rules import rule as rule_named
+from .ops import validation
+from .ops.types import Decisions
+from .runtime.cascade import Cascade
+from .stages.flops import Costs, counting, on_meta_device, one_sample
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -105,7 +107,7 @@ class FastExit(nn.Module):
         self.rule = rule_named(rule)
         self.register_buffer("threshold", torch.tensor(math.inf, dtype=torch.float32))
         self._set(threshold)
-        self._seen: Seen | None = None  # when the head was fitted; not in the state_dict
+        self._seen: FittedImages | None = None  # when the head was fitted; not in the state_dict
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The samples that stay, and what is known about the whole batch."""
@@ -140,7 +142,7 @@ class FastExit(nn.Module):
 
     @torch.inference_mode(False)
     def _set(self, value: Any) -> None:
-        limit = checks.threshold_value(value)
+        limit = validation.threshold_value(value)
         self._buffers["threshold"] = torch.tensor(limit, dtype=torch.float32, device=self.threshold.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -197,7 +199,7 @@ def fit(model: nn.Module, loader: Iterable[Any], progress: bool = True) -> None:
     fitted before, its threshold goes back to +inf. After an error, or Ctrl-C, all is as it was before.
     """
     network = _Network(model, "fit")
-    fitted, seen = passes.fit(network.heads, network.walk, network.loader(loader, progress))
+    fitted, seen = fitting.fit(network.heads, network.walk, network.loader(loader, progress))
     for exit, head in zip(network.exits.values(), fitted, strict=True):
         if exit.head is not head:  # the copy of a fitted one
             exit.threshold = math.inf
@@ -212,7 +214,7 @@ def record(model: nn.Module, loader: Iterable[Any], progress: bool = True) -> Re
     """
     network = _Network(model, "record")
     network.refuse_unfitted()
-    return passes.record(
+    return recording.record(
         network.heads,
         network.rule,
         network.walk_and_count,
@@ -304,7 +306,7 @@ class _Network:
 
     def __init__(self, model: nn.Module, what: str) -> None:
         self.model, self.exits = model, _exits(model)
-        passes.refuse_train_mode(model, what)
+        refuse_train_mode(model, what)
         self.heads = [exit.head for exit in self.exits.values()]
         self._costs: Costs | None = None
 
@@ -330,20 +332,20 @@ class _Network:
             self.heads,
             self.rule,
             self.walk,
-            passes.placed(images, self.model),
+            placed(images, self.model),
             tuple(self.exits),
             batch_size=batch_size,
             repeats=repeats,
             progress=progress,
         )
 
-    def walk(self, images: Tensor, visit: passes.Visit, /, *, logits: bool) -> Tensor:
+    def walk(self, images: Tensor, visit: Visit, /, *, logits: bool) -> Tensor:
         with _watching(_Watcher(self.exits, visit)) as watcher:
             self.model(images)
         watcher.refuse_missing(logits)
         return images if watcher.logits is None else watcher.logits
 
-    def walk_and_count(self, images: Tensor, visit: passes.Visit, /, *, logits: bool) -> Tensor:
+    def walk_and_count(self, images: Tensor, visit: Visit, /, *, logits: bool) -> Tensor:
         if self._costs is None:
             self._costs = self._count(images)
         return self.walk(images, visit, logits=logits)
@@ -356,11 +358,11 @@ class _Network:
     def _count(self, images: Tensor) -> Costs:
         def run(model: nn.Module, sample: Tensor) -> list[int]:
             totals = [0]
-            with cost.counting() as spent:
+            with counting() as spent:
                 _Network(model, "record").walk(sample, lambda j, x: totals.append(spent()), logits=False)
                 return [*totals, spent()]
 
-        totals = cost.without_computing(run, self.model, cost.one_sample(images, "images"))
+        totals = on_meta_device(run, self.model, one_sample(images, "images"))
         stages = tuple(after - before for before, after in pairwise(totals))
         return Costs(stages, tuple(head.flops() for head in self.heads), tuple(self.exits))
 
@@ -368,7 +370,7 @@ class _Network:
 class _Watcher:
     """Sees the features at every exit while one batch runs through a network, and its logits."""
 
-    def __init__(self, exits: dict[str, FastExit], visit: passes.Visit) -> None:
+    def __init__(self, exits: dict[str, FastExit], visit: Visit) -> None:
         self._names = list(exits)
         self._expected = list(exits.values())
         self._visit = visit

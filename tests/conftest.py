@@ -15,7 +15,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from e2cm_ext import gpu, ops
+from e2cm_ext import ops
+from e2cm_ext.ops import cuda
 
 settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=45, print_blob=False)
 # For all ops once more: at another level of instructions, or with nothing taken for usual.
@@ -31,10 +32,10 @@ if os.environ.get("E2CM_CAREFUL") or os.environ.get("E2CM_EMULATED"):
     ops._usual_exit_step = ops._usual_decide = ops._usual_linear_step = lambda *_: None
 if os.environ.get("E2CM_EMULATED"):
     assert hasattr(ops._native, "cuda_exit"), "the module was built without E2CM_CUDA=EMULATED"
-    gpu.takes = lambda x: x.is_cpu
-    gpu._on = lambda x: contextlib.nullcontext()
-    gpu._place = lambda x: (0, 0)
-    gpu._to_host = lambda numbers: (numbers, None)
+    cuda.supports = lambda x: x.is_cpu
+    cuda._on = lambda x: contextlib.nullcontext()
+    cuda._place = lambda x: (0, 0)
+    cuda._to_host = lambda numbers: (numbers, None)
 
 
 @pytest.fixture(autouse=True)

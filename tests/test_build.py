@@ -5,7 +5,7 @@ import re
 import pytest
 
 import e2cm_ext
-from e2cm_ext import _native
+from e2cm_ext import native
 
 
 def test_build_info():
@@ -20,9 +20,9 @@ def test_build_info():
 
 def test_cuda_part_is_linked_if_it_is_claimed():
     archs = e2cm_ext.build_info()["cuda_archs"]
-    assert bool(archs) == hasattr(_native, "cuda_exit")
+    assert bool(archs) == hasattr(native, "cuda_exit")
     if not archs:
         pytest.skip("built without CUDA")
     assert archs == ["emulated"] or all(re.match(r"\d+", arch) for arch in archs)
     # Needs no GPU: sums of 3 rows and 10 classes in one split, and a counter.
-    assert _native.cuda_exit_workspace(3, 10, 100, None) == 512
+    assert native.cuda_exit_workspace(3, 10, 100, None) == 512

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import generator, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
-from small import Interrupted, digits, images, loader, net, trained
+from support.helpers import generator, same_bits
+from support.small import Interrupted, digits, images, loader, net, trained
 from torch import nn
 
 import e2cm_ext as e2cm

@@ -17,8 +17,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import INF, NAN, assert_same_decisions, generator, same_bits
-from small import (
+from support.helpers import INF, NAN, assert_same_decisions, generator, same_bits
+from support.small import (
     CLASSES,
     SHAPE,
     Interrupted,
@@ -49,11 +49,11 @@ from e2cm_ext import (
     Record,
     Rule,
     Stages,
-    calibration,
     cut,
-    files,
 )
 from e2cm_ext import early_exit as module
+from e2cm_ext.calibration import curves
+from e2cm_ext.utils import serialization
 
 EXITS = 4  # of the small network
 
@@ -613,9 +613,9 @@ def test_fit_starts_from_zero():
 class Diary(ClassMeans):
     """Writes down which passes it was shown."""
 
-    def update(self, x, labels, turn):
-        self.turns = [*getattr(self, "turns", []), turn]
-        super().update(x, labels, turn)
+    def update(self, x, labels, pass_index):
+        self.turns = [*getattr(self, "turns", []), pass_index]
+        super().update(x, labels, pass_index)
 
 
 @pytest.mark.parametrize(
@@ -832,13 +832,13 @@ def test_calibrate_from_loader_record_and_curve_is_the_same(calibrated):
 
 def test_curve_by_the_other_search(calibrated, monkeypatch):
     ee, record, _, _ = calibrated
-    search, asked_for = calibration.curve, []
+    search, asked_for = curves.curve, []
 
     def spy(record, *, method, progress):
         asked_for.append(method)
         return search(record, method=method, progress=progress)
 
-    monkeypatch.setattr(calibration, "curve", spy)
+    monkeypatch.setattr(curves, "curve", spy)
     paper, ours = (ee.curve(record, progress=False, method=method) for method in ("paper", "coordinate"))
     assert asked_for == ["paper", "coordinate"]
     assert all(ours.at(flops).accuracy >= paper.at(flops).accuracy for flops in (0.5, 0.6, 0.7, 0.8, 0.9))
@@ -936,12 +936,12 @@ class Sums(Head):
         self.register_buffer("level", torch.zeros(num_classes))
         self.total = torch.zeros(num_classes)
 
-    def update(self, x, labels, turn):
-        super().update(x, labels, turn)
+    def update(self, x, labels, pass_index):
+        super().update(x, labels, pass_index)
         self.total.index_add_(0, labels, x.flatten(1).sum(1))
 
-    def finish(self, turn):
-        super().finish(turn)
+    def finish(self, pass_index):
+        super().finish(pass_index)
         self.level.copy_(self.total / self.counts)
 
     def forward(self, x):
@@ -1087,7 +1087,7 @@ def test_another_network_is_refused(tmp_path):
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    monkeypatch.setattr(files, "FORMAT", files.FORMAT + 1)
+    monkeypatch.setattr(serialization, "FORMAT", serialization.FORMAT + 1)
     wrapped().save(path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"has format 2 \(written by e2cm_ext \d.*\); this version reads format 1"):
@@ -1185,14 +1185,14 @@ def test_ctrl_c_while_writing_leaves_the_old_file(tmp_path, saved, monkeypatch, 
     path.write_bytes(saved[1])
     ee = wrapped()
     countdown = itertools.count()
-    real = getattr(files if where == "bytes_of" else os, where)
+    real = getattr(serialization if where == "bytes_of" else os, where)
 
     def failing(*arguments):
         if where != "bytes_of" or next(countdown) == 3:
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(files if where == "bytes_of" else os, where, failing)
+    monkeypatch.setattr(serialization if where == "bytes_of" else os, where, failing)
     with pytest.raises(type(error)):
         ee.save(path)
     assert os.listdir(tmp_path) == ["a"] and path.read_bytes() == saved[1]
@@ -1209,7 +1209,7 @@ def test_saving_through_a_link_keeps_the_link(tmp_path):
 
 def test_the_fingerprint_is_of_names_shapes_dtypes_and_values():
     def of(*modules):
-        return module.fingerprint(Stages(list(modules)).eval())
+        return module.weights_sha256(Stages(list(modules)).eval())
 
     def linear(value=1.0, dtype=torch.float32, shape=(2, 3)):
         made = nn.Linear(shape[1], shape[0], bias=False)

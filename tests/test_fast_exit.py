@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import INF, NAN, assert_same_decisions, generator, same_bits
-from small import (
+from support.helpers import INF, NAN, assert_same_decisions, generator, same_bits
+from support.small import (
     CLASSES,
     Block,
     Interrupted,

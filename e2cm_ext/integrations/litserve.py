@@ -30,7 +30,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from pydantic import BaseModel, BeforeValidator
 
-from .answering import Answerer, Images, Source
+from .predictor import Answerer, Images, Source
 
 __all__ = ["EarlyExitAPI", "Image", "serve"]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .answering import Answerer, Images, Source
+from .predictor import Answerer, Images, Source
 
 __all__ = ["Predictor"]
 

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..combination import Combination
+from ..calibration.record import Record
 from ..early_exit import EarlyExit
-from ..record import Record
+from ..heads.ensemble import Combination
 from ..stages import Stages
 from . import training
-from .pooled import PooledLinear
+from .pooled_linear import PooledLinear
 
 __all__ = ["Ensemble", "Pruned", "build", "loss", "prune", "train", "weights"]
 

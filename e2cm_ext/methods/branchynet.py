@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..early_exit import EarlyExit
 from ..stages import Stages, cut, stage_flops
 from . import training
-from .learned import LearnedHead
+from .learned_head import LearnedHead
 
 __all__ = ["WEIGHTS", "Branch", "build", "loss", "train"]
 

@@ -35,14 +35,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..calibration import Curve, curve_of
+from ..calibration.curves import Curve, curve_of
+from ..calibration.record import Record
+from ..calibration.search import always_there
+from ..data.loader import place_of
 from ..early_exit import EarlyExit
-from ..passes import place_of
-from ..record import Record
-from ..search import always_there
 from ..stages import Stages
 from . import training
-from .pooled import PooledLinear
+from .pooled_linear import PooledLinear
 
 __all__ = ["PRICES", "Decider", "backward", "build", "curve", "decide", "separate", "sweep", "train", "verdicts"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .. import passes
+from ..data.loader import Loader, refuse_train_mode
 from .training import Cached, generator, rank
 
 __all__ = ["Pacing", "loss_of", "paced", "size", "transfer_of"]
@@ -35,9 +35,9 @@ Order = Literal["curriculum", "anti", "random"]
 @torch.no_grad()
 def loss_of(model: nn.Module, loader: Iterable[Any], progress: bool = True) -> Tensor:
     """[N] float64: the loss of a trained network on every sample, in the order of the loader."""
-    passes.refuse_train_mode(model, "loss_of")
+    refuse_train_mode(model, "loss_of")
     found = []
-    for images, labels in passes.Loader(loader, model, num_classes=_MANY, progress=progress).run("difficulty"):
+    for images, labels in Loader(loader, model, num_classes=_MANY, progress=progress).run("difficulty"):
         found.append(F.cross_entropy(model(images).double(), labels, reduction="none").cpu())
     return _joined(found)
 
@@ -52,7 +52,7 @@ def transfer_of(model: nn.Module, loader: Iterable[Any], progress: bool = True) 
         from sklearn.svm import LinearSVC
     except ImportError as error:
         raise ImportError("transfer_of needs scikit-learn: pip install scikit-learn") from error
-    passes.refuse_train_mode(model, "transfer_of")
+    refuse_train_mode(model, "transfer_of")
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"`model` is a {type(model).__name__} without a torch.nn.Linear; wanted one that ends in one")
@@ -60,7 +60,7 @@ def transfer_of(model: nn.Module, loader: Iterable[Any], progress: bool = True) 
     truth: list[Tensor] = []
     hook = linear[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).cpu()))
     try:
-        for images, labels in passes.Loader(loader, model, num_classes=_MANY, progress=progress).run("features"):
+        for images, labels in Loader(loader, model, num_classes=_MANY, progress=progress).run("features"):
             model(images)
             truth.append(labels.cpu())
     finally:

@@ -45,15 +45,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import files, ops
+from .. import ops
 from ..clusters import Centres, Clustered, k_means, matching
-from ..decisions import Decisions
+from ..data.loader import Loader
 from ..early_exit import EarlyExit
-from ..head import Head
-from ..means import ClassMeans
-from ..passes import Loader
-from ..rules import Rule
+from ..heads.base import Head
+from ..heads.class_means import ClassMeans
+from ..heads.rules import Rule
+from ..ops.types import Decisions
 from ..stages import Stages
+from ..utils import serialization
 
 __all__ = ["CodeMeans", "Schedule", "Trained", "build", "divergence", "soft_assignment", "target", "train"]
 
@@ -124,8 +125,8 @@ class CodeMeans(ClassMeans, kind="code_means"):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.features(x))
 
-    def judge(self, x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-        return super().judge(self.features(x), rule)
+    def score(self, x: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        return super().score(self.features(x), rule)
 
     def step(
         self, x: Tensor, threshold: float | Tensor, ids: Tensor, out: Decisions, *, rule: Rule, exit: int
@@ -189,8 +190,8 @@ def shifted(images: Tensor, pixels: float = 2, degrees: float = 10) -> Tensor:
     angle, right, down = (2 * torch.rand(3, count, device=images.device) - 1).unbind()
     angle = angle * math.radians(degrees)
     right, down = 2 * pixels / width * right, 2 * pixels / height * down
-    turn = torch.stack([angle.cos(), -angle.sin(), right, angle.sin(), angle.cos(), down], 1).reshape(-1, 2, 3)
-    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+    theta = torch.stack([angle.cos(), -angle.sin(), right, angle.sin(), angle.cos(), down], 1).reshape(-1, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
@@ -305,7 +306,9 @@ class _Work(nn.Module):
         )
         self.exits_undo = nn.ModuleList(nn.ModuleList(each) for each in exits_undo).to(images.device)
         self.trained = Trained()
-        which_images = zlib.crc32(files.bytes_of(self.rows))  # no sum: its last bits depend on the number of threads
+        which_images = zlib.crc32(
+            serialization.bytes_of(self.rows)
+        )  # no sum: its last bits depend on the number of threads
         self._about = [sizes, len(images), which_images, asdict(schedule), seed, str(precision), distort is not None]
 
     def steps(self) -> list[tuple[Callable[[int], None], int]]:
@@ -454,11 +457,11 @@ class _Work(nn.Module):
         }
         tensors = {f"work.{name}": value.contiguous() for name, value in self.state_dict().items()}
         info = {"about": self._about, "done": done, "changed": self.trained.changed}
-        files.write(path, _KIND, tensors | results, info)
+        serialization.write(path, _KIND, tensors | results, info)
 
     def load(self, path: str | os.PathLike[str]) -> int:
         """How many steps are done."""
-        tensors, info = files.read(path, _KIND)
+        tensors, info = serialization.read(path, _KIND)
         if info["about"] != json.loads(json.dumps(self._about)):
             raise ValueError(f"{path} is of another training (images, sizes, schedule, seed ...): give another file")
         self.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("work.")})

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from ..early_exit import EarlyExit
 from ..stages import Stages
 from . import training
-from .learned import LearnedHead
-from .pooled import averages, channels
+from .learned_head import LearnedHead
+from .pooled_linear import averages, channels
 
 __all__ = ["ExitBlock", "build", "loss", "outcome", "placements", "train"]
 

@@ -26,14 +26,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import calibration
-from ..cost import Costs
+from ..calibration import curves
+from ..calibration.record import Record
 from ..early_exit import EarlyExit
-from ..head import Head
 from ..heads import build as build_heads
 from ..heads import from_config
-from ..record import Record
-from ..rules import Confidence, Gate
+from ..heads.base import Head
+from ..heads.rules import Confidence, Gate
+from ..stages.flops import Costs
 
 __all__ = ["Agree", "Blended", "Consulting", "Leave", "Pair", "consult", "join", "limit", "options"]
 
@@ -76,14 +76,14 @@ class Pair(Head):
         self.means = from_config(means) if isinstance(means, dict) else means
         self.passes = self.means.passes
 
-    def update(self, x: Tensor, labels: Tensor, turn: int) -> None:
-        self.means.update(x, labels, turn)
+    def update(self, x: Tensor, labels: Tensor, pass_index: int) -> None:
+        self.means.update(x, labels, pass_index)
 
     def merge(self, other: Any) -> None:
         self.means.merge(other.means)
 
-    def finish(self, turn: int) -> None:
-        self.means.finish(turn)
+    def finish(self, pass_index: int) -> None:
+        self.means.finish(pass_index)
         self.counts.copy_(self.means.counts)
         self.fitted = self.means.fitted and self.learned.fitted
 
@@ -128,7 +128,7 @@ class Consulting(Pair, kind="consulting"):
     def gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_probs = self(x)
         confidence = Confidence().certainty(log_probs)
-        theirs, class_of_means = self.means.judge(x, Confidence())
+        theirs, class_of_means = self.means.score(x, Confidence())
         certainty = consult(confidence, log_probs.argmax(1), theirs, class_of_means, self.limit, self.leave, self.agree)
         return log_probs, certainty
 
@@ -205,7 +205,7 @@ def options(
     network. Limits are the thresholds that class means alone would have at FLOPs of so much (`levels`), and for
     agree="class" -inf, too. Ours: the paper does not say how a second threshold is found.
     """
-    curve = calibration.curve(means)
+    curve = curves.curve(means)
     vectors = [curve.best_within(level).thresholds for level in levels if level >= curve.flops[0]]
     if agree == "class":
         vectors.insert(0, torch.full((means.exits,), -math.inf))

@@ -21,14 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import calibration, cascade, passes
-from ..calibration import Curve
-from ..combination import Combination
+from ..calibration import curves
+from ..calibration.curves import Curve
+from ..calibration.record import Record
+from ..data.loader import Loader, refuse_train_mode
 from ..early_exit import EarlyExit
-from ..record import Record
+from ..heads.ensemble import Combination
+from ..runtime import cascade
 from ..stages import Stages
 from . import training
-from .learned import LearnedHead
+from .learned_head import LearnedHead
 
 __all__ = ["InternalClassifier", "MostConfident", "at_least", "build", "confusion", "curve", "loss", "tau", "train"]
 
@@ -190,7 +192,7 @@ def curve(record: Record, count: int = 1000, progress: bool = False) -> Curve:
     which = torch.linspace(0, len(every) - 1, count, dtype=torch.float64).round().long()
     never = torch.full((record.exits,), torch.finfo(torch.float32).max)
     limits = [at_least(value, record.exits) for value in sorted(set(every[which].tolist()))]
-    return calibration.curve_of(record, torch.stack([*limits, never]), progress)
+    return curves.curve_of(record, torch.stack([*limits, never]), progress)
 
 
 # ---- overthinking ---------------------------------------------------------------------------------------------------
@@ -200,9 +202,9 @@ def curve(record: Record, count: int = 1000, progress: bool = False) -> Curve:
 def confusion(ee: EarlyExit, loader: Iterable[Any], progress: bool = True) -> Tensor:
     """[N] float64: how far all exits are from the network's own answer, sum over exits of ||p_last - p_exit||_1, in
     standard deviations from the mean over the loader's samples. High: the network has changed its mind on the way."""
-    passes.refuse_train_mode(ee, "confusion")
+    refuse_train_mode(ee, "confusion")
     found = []
-    for images, _ in passes.Loader(loader, ee.stages, ee.num_classes, ee._image_shape, progress).run("confusion"):
+    for images, _ in Loader(loader, ee.stages, ee.num_classes, ee._image_shape, progress).run("confusion"):
         *early, last = (log_probs.double().exp() for log_probs in cascade.scores(ee.stages, ee._heads(), images))
         found.append(torch.stack([(last - each).abs().sum(1) for each in early]).sum(0).cpu())
     if not found:

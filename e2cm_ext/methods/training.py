@@ -35,9 +35,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from .. import data, files, passes
-from ..early_exit import EarlyExit, fingerprint
-from .learned import LearnedHead
+from .. import data
+from ..data.loader import Loader, place_of, placed, refuse_train_mode
+from ..early_exit import EarlyExit, weights_sha256
+from ..utils import serialization
+from .learned_head import LearnedHead
 
 __all__ = [
     "Cached",
@@ -77,7 +79,7 @@ class Features:
     def __call__(self, images: Tensor | list[Tensor]) -> list[Tensor]:
         if isinstance(images, list):
             return images
-        x = passes.placed(images, self.stages)
+        x = placed(images, self.stages)
         found = []
         *early, last = self.stages
         for stage, head in zip(early, self.heads, strict=True):
@@ -116,7 +118,7 @@ class Joint(nn.Module):
         self._overwritten = _overwritten(ee)
 
     def forward(self, images: Tensor) -> Outputs:
-        x = passes.placed(images, self.stages)
+        x = placed(images, self.stages)
         outputs: Outputs = []
         *early, last = self.stages
         for stage, head, overwritten in zip(early, self.heads, self._overwritten, strict=True):
@@ -146,8 +148,8 @@ def _learned(ee: EarlyExit) -> list[LearnedHead]:
 @torch.no_grad()
 def _overwritten(ee: EarlyExit) -> list[bool]:
     """By the next stage: the features at every exit."""
-    device, _ = passes.place_of(ee.stages)
-    x = passes.placed(torch.zeros(1, *ee._image_shape, dtype=ee._image_dtype, device=device), ee.stages)
+    device, _ = place_of(ee.stages)
+    x = placed(torch.zeros(1, *ee._image_shape, dtype=ee._image_dtype, device=device), ee.stages)
     found = []
     x = ee.stages[0](x)
     for stage in list(ee.stages)[1:]:
@@ -234,8 +236,8 @@ _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.float64: n
 
 def _batches_of_features(ee: EarlyExit, loader: Iterable[Any], progress: bool) -> Iterator[tuple[list[Tensor], Tensor]]:
     features = Features(ee)
-    checked = passes.Loader(loader, ee.stages, ee.num_classes, ee._image_shape, progress)
-    passes.refuse_train_mode(ee, "cache")
+    checked = Loader(loader, ee.stages, ee.num_classes, ee._image_shape, progress)
+    refuse_train_mode(ee, "cache")
     for images, labels in checked.run("features", finite=True):
         yield features(images), labels
 
@@ -268,7 +270,7 @@ def _write_cache(ee: EarlyExit, loader: Iterable[Any], folder: Path, dtype: torc
             for features, truth in _batches_of_features(ee, loader, progress):
                 shapes = [list(x.shape[1:]) for x in features]
                 for column, x in zip(columns, features, strict=True):
-                    column.write(files.bytes_of(x.to(dtype)))
+                    column.write(serialization.bytes_of(x.to(dtype)))
                 labels.append(truth.cpu())
         if not labels:
             raise ValueError("the loader gave no sample: all its batches are empty")
@@ -297,7 +299,7 @@ def _read_cache(ee: EarlyExit, folder: Path) -> tuple[list[Tensor], Tensor]:
 
 def _about(ee: EarlyExit) -> dict[str, Any]:
     return {
-        "network": fingerprint(ee.stages),
+        "network": weights_sha256(ee.stages),
         "exits": list(ee.exit_names),
         "heads": [head.config() for head in ee._heads()],
     }
@@ -359,7 +361,7 @@ def run(
         raise ValueError(f"`epochs` is {epochs!r}; wanted a whole number, 0 or more")
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(f"`checkpoint` is {str(checkpoint)!r}: there is no such folder to write it to")
-    device, _ = passes.place_of(module)
+    device, _ = place_of(module)
     kind = device.type
     if precision is None and kind == "cuda" and torch.cuda.is_bf16_supported():
         precision = torch.bfloat16

@@ -1,0 +1,21 @@
+"""From what every exit says about calibration samples to thresholds."""
+
+from .curves import Curve, OperatingPoint, curve
+from .guarantee import GuaranteedPoint
+from .profile import Profile, TimedPoint
+from .record import Record, Reliability, Replay
+from .selection import Selection, select
+
+__all__ = [
+    "Curve",
+    "GuaranteedPoint",
+    "OperatingPoint",
+    "Profile",
+    "Record",
+    "Reliability",
+    "Replay",
+    "Selection",
+    "TimedPoint",
+    "curve",
+    "select",
+]

@@ -1,0 +1,190 @@
+"""Writes a network with early exits for runtimes that know nothing of early exits: a program per stage, in one file.
+
+A program takes the features before its stages and gives those behind them, and what the exit there says: certainty,
+prediction and log-probabilities of every sample. Whoever runs it compares certainties with the threshold and hands on
+the survivors: runner.py on ONNX Runtime, deploy.py on torch. Exits that are off are left out, and so are their heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..native import build_info
+from ..runner import FORMAT, KIND, MANIFEST, OUTPUTS
+from ..utils import serialization
+from .export_modules import Answer, ends_in_relu
+from .onnx_layout import keep_nchwc
+
+if TYPE_CHECKING:
+    from ..early_exit import EarlyExit
+
+__all__ = ["Format", "export"]
+
+Format = Literal["onnx", "torch", "aoti"]
+_ENDINGS = {"onnx": "onnx", "torch": "pt2", "aoti": "pt2"}
+_MOST = 2 << 30  # bytes, in a message of protobuf
+
+
+def export(
+    ee: EarlyExit, path: str | os.PathLike[str], format: Format = "onnx", *, progress: bool = True
+) -> dict[str, Any]:
+    """See EarlyExit.export."""
+    if format not in _ENDINGS:
+        raise ValueError(f"`format` is {format!r}; wanted {', '.join(map(repr, _ENDINGS))}")
+    write = _writer(format)
+    limits: list[float] = ee.thresholds.tolist()
+    ee._refuse_train_mode("export")
+    if ee.combination is not None:
+        raise ValueError(
+            f"the exits of this network answer together ({ee.combination.name}), which packages cannot do: set "
+            "ee.combination = None, if each may answer for itself"
+        )
+    ee._refuse_unfitted(limits)
+    dtype = next((p.dtype for p in ee.stages.parameters() if p.is_floating_point()), torch.float32)
+    if format == "onnx" and dtype is not torch.float32:
+        raise ValueError(f"the network is {dtype}; ONNX Runtime wants torch.float32: call .float() first")
+    programs: dict[str, bytes] = {}
+    stages = []
+    x = torch.zeros(2, *ee._image_shape, dtype=dtype if ee._image_dtype.is_floating_point else ee._image_dtype)
+    x = x.to(ee.thresholds.device)
+    image_dtype = str(x.dtype).removeprefix("torch.")
+    legs, heads = list(_legs(ee, limits)), list(ee._heads())
+    for number, (exit, parts) in enumerate(tqdm(legs, desc="export", unit="stage", disable=not progress, leave=False)):
+        name = f"stage-{number:03d}.{_ENDINGS[format]}"
+        last = exit == len(limits)
+        head = None if last else heads[exit]
+        with torch.no_grad(), _quietly():
+            features, nonnegative = ends_in_relu(parts, x.clone())
+            leg = Answer(parts, head, ee.rule, nonnegative).to(x.device)
+            programs[name] = _program(write, leg, x, name if last else f"{name}, with exit {ee.exit_names[exit]!r}")
+            x = features.clone()
+        stages.append(
+            {
+                "file": name,
+                "exit": exit,
+                "name": "(end)" if last else ee.exit_names[exit],
+                "threshold": "-inf" if last else repr(limits[exit]),
+                "shape": list(x.shape[1:]),
+            }
+        )
+    manifest = {
+        "kind": KIND,
+        "format": FORMAT,
+        "version": build_info()["version"],
+        "torch": torch.__version__,
+        "runtime": format,
+        "rule": ee.rule.name,
+        "num_classes": ee.num_classes,
+        "image_shape": list(ee._image_shape),
+        "image_dtype": image_dtype,
+        "device": ee.thresholds.device.type,
+        "exits": list(ee.exit_names),
+        "stages": stages,
+        "files": {name: hashlib.sha256(program).hexdigest() for name, program in programs.items()},
+    }
+    _pack(path, manifest, programs)
+    return manifest
+
+
+def _legs(ee: EarlyExit, limits: Sequence[float]) -> Iterator[tuple[int, list[nn.Module]]]:
+    """What is run in one go: the stages up to the next exit that can fire, whose number comes first."""
+    together: list[nn.Module] = []
+    *early, last = ee.stages
+    for number, (stage, limit) in enumerate(zip(early, limits, strict=True)):
+        together.append(stage)
+        if limit < math.inf:
+            yield number, together
+            together = []
+    yield len(limits), [*together, last]
+
+
+def _program(write: Callable[..., bytes], leg: Answer, x: Tensor, what: str) -> bytes:
+    try:
+        exported = torch.export.export(leg, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        return write(exported, x)
+    except Exception as error:  # what exporters say of a network that they cannot follow
+        why, _, _ = str(error).strip().partition("\n")
+        raise ValueError(f"{what} cannot be exported: {type(error).__name__}: {why}") from error
+
+
+# ---- what a program is, in each format ------------------------------------------------------------------------------
+
+
+def _writer(format: Format) -> Callable[[torch.export.ExportedProgram, Tensor], bytes]:
+    if format != "onnx":
+        return _torch_program if format == "torch" else _compiled_program
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            'format="onnx" needs onnx and onnxscript: pip install "e2cm_ext[onnx]", or take format="torch"'
+        ) from None
+    return _onnx_program
+
+
+def _onnx_program(exported: torch.export.ExportedProgram, x: Tensor) -> bytes:
+    program = torch.onnx.export(
+        exported, (x,), dynamo=True, input_names=["x"], output_names=list(OUTPUTS), verbose=False
+    )
+    assert program is not None
+    model = program.model_proto
+    keep_nchwc(model.graph)
+    if (size := model.ByteSize()) >= _MOST:
+        raise ValueError(f"its weights take {size} bytes, and an ONNX file holds {_MOST}: put an exit in between")
+    contents: bytes = model.SerializeToString()
+    return contents
+
+
+def _torch_program(exported: torch.export.ExportedProgram, x: Tensor) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    return file.getvalue()
+
+
+def _compiled_program(exported: torch.export.ExportedProgram, x: Tensor) -> bytes:
+    from torch._inductor import aoti_compile_and_package
+
+    with tempfile.TemporaryDirectory() as folder:
+        package = aoti_compile_and_package(exported, package_path=os.path.join(folder, "stage.pt2"))
+        return Path(package).read_bytes()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Exporters warn of what they do themselves."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+# ---- the file -------------------------------------------------------------------------------------------------------
+
+
+def _pack(path: str | os.PathLike[str], manifest: dict[str, Any], programs: dict[str, bytes]) -> None:
+    text = json.dumps(manifest, indent=1).encode()
+    with serialization.atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.comment = hashlib.sha256(text).hexdigest().encode()
+        for name, content in {MANIFEST: text, **programs}.items():
+            archive.writestr(zipfile.ZipInfo(name), content)  # without a date: the same network, the same bytes

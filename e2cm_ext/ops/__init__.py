@@ -1,0 +1,30 @@
+"""The kernels: tensors in, tensors out. See `functional`."""
+
+from .functional import (
+    ClassScores,
+    class_distances,
+    class_scores,
+    compact,
+    decide,
+    decide_masked,
+    exit_step,
+    linear_scores,
+    linear_step,
+    statistics,
+)
+from .packing import Packed, pack
+
+__all__ = [
+    "ClassScores",
+    "Packed",
+    "class_distances",
+    "class_scores",
+    "compact",
+    "decide",
+    "decide_masked",
+    "exit_step",
+    "linear_scores",
+    "linear_step",
+    "pack",
+    "statistics",
+]

@@ -1,0 +1,1 @@
+"""Runs stages and exits, and moves the samples that stay together."""

@@ -1,0 +1,1 @@
+"""Files, processes, warnings and timing: what every other package may use."""
