@@ -12,7 +12,8 @@ from .calibration import (
     curve,
     select,
 )
-from .early_exit import EarlyExit, Evaluation
+from .calibration.evaluation import Evaluation
+from .early_exit import EarlyExit
 from .fast_exit import FastExit
 from .heads import ClassMeans, Confidence, Entropy, Head, PooledMeans, Rule, WhitenedMeans
 from .native import build_info

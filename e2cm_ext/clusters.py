@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .data.loader import Loader, place_of, refuse_used_up
 from .heads.base import in_own_dtype, positive, refuse_non_finite
 from .stages import Stages
+from .utils import distributed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,6 +26,8 @@ __all__ = [
     "Centres",
     "Clustered",
     "Scores",
+    "centres_of",
+    "clustered_stages",
     "k_means",
     "matching",
     "sample",
@@ -94,6 +98,17 @@ def without_centres(stages: Stages) -> tuple[Stages, Centres | None]:
 
 
 # ---- finding them ---------------------------------------------------------------------------------------------------
+
+
+def clustered_stages(stages: Stages, loader: Loader, clusters: int) -> Stages:
+    """The same network, answering with clusters of what it answers for the loader's images. Of all processes."""
+    refuse_used_up(loader, 2)
+    with distributed.synchronize_errors("fit"):
+        mine = sample(stages(images) for images in loader.images("clusters") if len(images))
+    rows = distributed.all_gather_objects(mine)
+    centres = distributed.broadcast_from_rank0(lambda: centres_of(torch.cat(rows), clusters))
+    device, _ = place_of(stages)
+    return with_centres(stages, centres.to(device))
 
 
 def sample(batches: Iterable[Tensor], most: int = 20_000, seed: int = 0) -> Tensor:

@@ -1,6 +1,7 @@
 """From what every exit says about calibration samples to thresholds."""
 
 from .curves import Curve, OperatingPoint, curve
+from .evaluation import Evaluation
 from .guarantee import GuaranteedPoint
 from .profile import Profile, TimedPoint
 from .record import Record, Reliability, Replay
@@ -8,6 +9,7 @@ from .selection import Selection, select
 
 __all__ = [
     "Curve",
+    "Evaluation",
     "GuaranteedPoint",
     "OperatingPoint",
     "Profile",

@@ -34,12 +34,14 @@ from .. import ops
 from ..heads import Head
 from ..heads.protocol import Walk
 from ..heads.rules import Rule
+from ..heads.thresholds import threshold_vector
 from ..ops.types import Decisions
+from ..runtime import stream
 from ..stages.flops import Costs
 from ..utils import serialization
 from . import binomial, curves
 from .curves import Method, OperatingPoint
-from .record import Record, Replay, threshold_vector
+from .record import Record, Replay
 
 __all__ = ["Profile", "TimedPoint", "fastest", "measure", "drop_unprofitable_exits"]
 
@@ -176,8 +178,7 @@ def _between(sizes: Sequence[int], seconds: Tensor, samples: Any) -> Any:
 
 
 def check_batch_size(batch_size: int, profile: Profile | None = None) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size!r}; wanted a whole number from 1 on")
+    stream.check_batch_size(batch_size)
     if profile is not None and batch_size > profile.sizes[-1]:
         raise ValueError(
             f"`batch_size` is {batch_size}; the profile knows batches of up to {profile.sizes[-1]} samples"

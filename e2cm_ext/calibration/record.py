@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..heads.thresholds import threshold_vector
 from ..stages.flops import Costs
 from ..utils import serialization
 from . import plotting
@@ -18,7 +19,7 @@ from . import plotting
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Record", "Reliability", "Replay", "threshold_vector"]
+__all__ = ["Record", "Reliability", "Replay"]
 
 _ROUNDING = 1e-5  # of the exponential of a log-probability
 
@@ -226,19 +227,6 @@ class Record:
         tensors, info = serialization.read(path, "record")
         costs = Costs(tuple(info["stages"]), tuple(info["heads"]), tuple(info["names"]))
         return cls(tensors["confidence"], tensors["prediction"], tensors["label"], costs, info["rule"])
-
-
-def threshold_vector(thresholds: Tensor | Sequence[float], exits: int) -> Tensor:
-    """[M] float32, in which thresholds are compared."""
-    vector = torch.as_tensor(thresholds, dtype=torch.float32).detach().cpu()
-    if vector.shape != (exits,):
-        raise ValueError(f"`thresholds` has shape {list(vector.shape)}; wanted [{exits}], one per exit")
-    if vector.isnan().any():
-        raise ValueError(
-            f"`thresholds` holds NaN at exit {int(vector.isnan().nonzero()[0])}; wanted numbers, or +-inf for an exit "
-            "that never or always fires"
-        )
-    return vector
 
 
 def _plain(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], wanted: str) -> Tensor:

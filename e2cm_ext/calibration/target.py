@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..heads.protocol import ExitNetwork
 from ..ops import validation
 from ..utils import distributed
 from . import curves
@@ -18,7 +19,7 @@ from .guarantee import Of, check_risk, guaranteed
 from .profile import Profile, check_batch_size, fastest
 from .record import Record
 
-__all__ = ["Target"]
+__all__ = ["CalibratedNetwork", "Target", "refuse_foreign"]
 
 _EXAMPLES = {
     "flops": "a fraction of the base network's, such as 0.5",
@@ -67,24 +68,29 @@ class Target:
             )
 
     def point(
-        self,
-        loader: Curve | Record | Iterable[Any],
-        record: Callable[[Iterable[Any]], Record],
-        refuse_foreign: Callable[[Record | Curve], None],
-        measure: Callable[[Tensor], Profile],
-        progress: bool,
+        self, network: CalibratedNetwork, loader: Curve | Record | Iterable[Any], progress: bool
     ) -> OperatingPoint:
-        """What was asked for, from a loader or from a record or curve of it; to be measured on its first images."""
+        """Find the operating point, from a loader or from a record or curve of it.
+
+        Args:
+            network: What the thresholds are for. Times are measured on the loader's first images.
+            loader: Calibration samples, or what was recorded of them.
+            progress: Show progress bars.
+        """
         timed = self.latency is not None or self.milliseconds is not None
         self._refuse_too_little(loader, timed)
         remembering = _Remembering(loader)
         if isinstance(loader, Curve | Record):
             found: Curve | Record = loader
         else:
-            found = record(remembering if timed else loader)
-        refuse_foreign(found)
+            found = network.record(remembering if timed else loader, progress)
+        refuse_foreign(found, network)
+
+        def measure() -> Profile:
+            return network.profile(remembering.images, self.batch_size, progress=progress)
+
         # All processes have the same record, but their times differ, and a last bit may.
-        return distributed.broadcast_from_rank0(lambda: self._of(found, lambda: measure(remembering.images), progress))
+        return distributed.broadcast_from_rank0(lambda: self._of(found, measure, progress))
 
     def _of(self, found: Curve | Record, measure: Callable[[], Profile], progress: bool) -> OperatingPoint:
         if isinstance(found, Curve):
@@ -117,6 +123,23 @@ class Target:
             return curve.best_within(self.flops)
         assert self.accuracy_drop is not None
         return curve.within(self.accuracy_drop)
+
+
+class CalibratedNetwork(ExitNetwork, Protocol):
+    """A network with exits that can be recorded and timed."""
+
+    def record(self, loader: Iterable[Any], progress: bool = True) -> Record: ...
+
+    def profile(self, images: Tensor, batch_size: int, *, progress: bool = True) -> Profile: ...
+
+
+def refuse_foreign(found: Record | Curve, network: ExitNetwork) -> None:
+    """Refuse a record or curve of another network."""
+    if (found.names, found.rule) != (network.exit_names, network.rule.name):
+        raise ValueError(
+            f"the {type(found).__name__.lower()} is of another network, with the rule {found.rule!r} and exits "
+            f"{', '.join(found.names)}; wanted {network.rule.name!r} and {', '.join(network.exit_names)}"
+        )
 
 
 class _Remembering:

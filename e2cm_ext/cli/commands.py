@@ -108,7 +108,7 @@ def _of_point(point: OperatingPoint) -> dict[str, Any]:
 
 
 def _of_exits(ee: EarlyExit) -> list[dict[str, Any]]:
-    rows = zip(ee.exit_names, ee._heads(), _limits(ee.thresholds), ee.costs.fractions.tolist(), strict=False)
+    rows = zip(ee.exit_names, ee.head_list(), _limits(ee.thresholds), ee.costs.fractions.tolist(), strict=False)
     return [
         {"name": name, "head": head.kind, "features": list(head.feature_shape), "threshold": limit, "flops": flops}
         for name, head, limit, flops in rows

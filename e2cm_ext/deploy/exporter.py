@@ -18,83 +18,82 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..data.loader import place_of
+from ..heads import Head, Rule
 from ..native import build_info
 from ..runner import FORMAT, KIND, MANIFEST, OUTPUTS
+from ..stages import Stages
 from ..utils import serialization
 from .export_modules import Answer, ends_in_relu
 from .onnx_layout import keep_nchwc
 
-if TYPE_CHECKING:
-    from ..early_exit import EarlyExit
-
-__all__ = ["Format", "export"]
+__all__ = ["ExportSpec", "Format", "export"]
 
 Format = Literal["onnx", "torch", "aoti"]
+_Writer = Callable[[torch.export.ExportedProgram, Tensor], bytes]
 _ENDINGS = {"onnx": "onnx", "torch": "pt2", "aoti": "pt2"}
 _MOST = 2 << 30  # bytes, in a message of protobuf
 
 
+@dataclass(frozen=True)
+class ExportSpec:
+    """What an exporter needs to know of a network with exits, each of which answers for itself."""
+
+    stages: Stages
+    heads: Sequence[Head]
+    rule: Rule
+    thresholds: Sequence[float]
+    num_classes: int
+    image_shape: tuple[int, ...]
+    image_dtype: torch.dtype
+
+
 def export(
-    ee: EarlyExit, path: str | os.PathLike[str], format: Format = "onnx", *, progress: bool = True
+    spec: ExportSpec, path: str | os.PathLike[str], format: Format = "onnx", *, progress: bool = True
 ) -> dict[str, Any]:
-    """See EarlyExit.export."""
+    """Write a package: see EarlyExit.export.
+
+    Args:
+        spec: The network.
+        path: Where to write; complete, or not there at all.
+        format: "onnx", "torch" or "aoti".
+        progress: Show a progress bar.
+
+    Returns:
+        The manifest of the package.
+
+    Raises:
+        ValueError: A stage or a head cannot be exported.
+    """
     if format not in _ENDINGS:
         raise ValueError(f"`format` is {format!r}; wanted {', '.join(map(repr, _ENDINGS))}")
     write = _writer(format)
-    limits: list[float] = ee.thresholds.tolist()
-    ee._refuse_train_mode("export")
-    if ee.combination is not None:
-        raise ValueError(
-            f"the exits of this network answer together ({ee.combination.name}), which packages cannot do: set "
-            "ee.combination = None, if each may answer for itself"
-        )
-    ee._refuse_unfitted(limits)
-    dtype = next((p.dtype for p in ee.stages.parameters() if p.is_floating_point()), torch.float32)
+    device, dtype = place_of(spec.stages)
     if format == "onnx" and dtype is not torch.float32:
         raise ValueError(f"the network is {dtype}; ONNX Runtime wants torch.float32: call .float() first")
-    programs: dict[str, bytes] = {}
-    stages = []
-    x = torch.zeros(2, *ee._image_shape, dtype=dtype if ee._image_dtype.is_floating_point else ee._image_dtype)
-    x = x.to(ee.thresholds.device)
-    image_dtype = str(x.dtype).removeprefix("torch.")
-    legs, heads = list(_legs(ee, limits)), list(ee._heads())
-    for number, (exit, parts) in enumerate(tqdm(legs, desc="export", unit="stage", disable=not progress, leave=False)):
-        name = f"stage-{number:03d}.{_ENDINGS[format]}"
-        last = exit == len(limits)
-        head = None if last else heads[exit]
-        with torch.no_grad(), _quietly():
-            features, nonnegative = ends_in_relu(parts, x.clone())
-            leg = Answer(parts, head, ee.rule, nonnegative).to(x.device)
-            programs[name] = _program(write, leg, x, name if last else f"{name}, with exit {ee.exit_names[exit]!r}")
-            x = features.clone()
-        stages.append(
-            {
-                "file": name,
-                "exit": exit,
-                "name": "(end)" if last else ee.exit_names[exit],
-                "threshold": "-inf" if last else repr(limits[exit]),
-                "shape": list(x.shape[1:]),
-            }
-        )
+    # Two samples: an exporter takes a size of 1 for a constant.
+    x = torch.zeros(2, *spec.image_shape, dtype=dtype if spec.image_dtype.is_floating_point else spec.image_dtype)
+    programs, stages = _export_stages(spec, x.to(device), write, _ENDINGS[format], progress)
     manifest = {
         "kind": KIND,
         "format": FORMAT,
         "version": build_info()["version"],
         "torch": torch.__version__,
         "runtime": format,
-        "rule": ee.rule.name,
-        "num_classes": ee.num_classes,
-        "image_shape": list(ee._image_shape),
-        "image_dtype": image_dtype,
-        "device": ee.thresholds.device.type,
-        "exits": list(ee.exit_names),
+        "rule": spec.rule.name,
+        "num_classes": spec.num_classes,
+        "image_shape": list(spec.image_shape),
+        "image_dtype": str(x.dtype).removeprefix("torch."),
+        "device": device.type,
+        "exits": list(spec.stages.names),
         "stages": stages,
         "files": {name: hashlib.sha256(program).hexdigest() for name, program in programs.items()},
     }
@@ -102,10 +101,38 @@ def export(
     return manifest
 
 
-def _legs(ee: EarlyExit, limits: Sequence[float]) -> Iterator[tuple[int, list[nn.Module]]]:
-    """What is run in one go: the stages up to the next exit that can fire, whose number comes first."""
+def _export_stages(
+    spec: ExportSpec, x: Tensor, write: _Writer, ending: str, progress: bool
+) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """The programs by file name, and what the manifest says of each."""
+    programs: dict[str, bytes] = {}
+    stages = []
+    legs, names, limits = list(_legs(spec.stages, spec.thresholds)), spec.stages.names, spec.thresholds
+    for number, (exit, parts) in enumerate(tqdm(legs, desc="export", unit="stage", disable=not progress, leave=False)):
+        name = f"stage-{number:03d}.{ending}"
+        last = exit == len(limits)
+        head = None if last else spec.heads[exit]
+        with torch.no_grad(), _quietly():
+            features, nonnegative = ends_in_relu(parts, x.clone())
+            leg = Answer(parts, head, spec.rule, nonnegative).to(x.device)
+            programs[name] = _program(write, leg, x, name if last else f"{name}, with exit {names[exit]!r}")
+            x = features.clone()
+        stages.append(
+            {
+                "file": name,
+                "exit": exit,
+                "name": "(end)" if last else names[exit],
+                "threshold": "-inf" if last else repr(limits[exit]),
+                "shape": list(x.shape[1:]),
+            }
+        )
+    return programs, stages
+
+
+def _legs(stages: Stages, limits: Sequence[float]) -> Iterator[tuple[int, list[nn.Module]]]:
+    """The stages up to the next exit that can fire, whose number comes first."""
     together: list[nn.Module] = []
-    *early, last = ee.stages
+    *early, last = stages
     for number, (stage, limit) in enumerate(zip(early, limits, strict=True)):
         together.append(stage)
         if limit < math.inf:
@@ -114,7 +141,7 @@ def _legs(ee: EarlyExit, limits: Sequence[float]) -> Iterator[tuple[int, list[nn
     yield len(limits), [*together, last]
 
 
-def _program(write: Callable[..., bytes], leg: Answer, x: Tensor, what: str) -> bytes:
+def _program(write: _Writer, leg: Answer, x: Tensor, what: str) -> bytes:
     try:
         exported = torch.export.export(leg, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         return write(exported, x)
@@ -126,7 +153,7 @@ def _program(write: Callable[..., bytes], leg: Answer, x: Tensor, what: str) -> 
 # ---- what a program is, in each format ------------------------------------------------------------------------------
 
 
-def _writer(format: Format) -> Callable[[torch.export.ExportedProgram, Tensor], bytes]:
+def _writer(format: Format) -> _Writer:
     if format != "onnx":
         return _torch_program if format == "torch" else _compiled_program
     try:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.record import threshold_vector
+from ..heads.thresholds import threshold_vector
 from ..ops.types import Decisions
 from ..runner import Answers, OnnxCascade, Package, refuse_other
 from ..runtime.cascade import write

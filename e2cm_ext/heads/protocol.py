@@ -1,4 +1,4 @@
-"""What fitting and recording need of a network with exits."""
+"""What fitting, recording, timing and calibration need of a network with exits."""
 
 from __future__ import annotations
 
@@ -7,10 +7,32 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Visit", "Walk"]
+from .base import Head
+from .rules import Rule
+
+__all__ = ["ExitNetwork", "Visit", "Walk"]
 
 Visit = Callable[[int, Tensor], None]
 
 
 class Walk(Protocol):
+    """Runs a network on a batch; calls visit(j, features) at exit j, before the network goes on and may overwrite them.
+
+    Returns the logits; anything if `logits` is false.
+    """
+
     def __call__(self, images: Tensor, visit: Visit, /, *, logits: bool) -> Tensor: ...
+
+
+class ExitNetwork(Protocol):
+    """A network with exits: EarlyExit, or a network with FastExit layers."""
+
+    @property
+    def exit_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def rule(self) -> Rule: ...
+
+    def head_list(self) -> list[Head]: ...
+
+    def walk(self, images: Tensor, visit: Visit, /, *, logits: bool) -> Tensor: ...

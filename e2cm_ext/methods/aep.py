@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..calibration.record import Record
+from ..calibration.target import refuse_foreign
 from ..early_exit import EarlyExit
 from ..heads.ensemble import Combination
 from ..stages import Stages
@@ -157,7 +158,7 @@ def prune(ee: EarlyExit, loader: Record | Iterable[Any], accuracy_drop: float = 
     `accuracy_drop` less accurate than the best. Take samples that were not learned. `ee` stays as it is."""
     answering = _ensemble(ee).answering
     record = loader if isinstance(loader, Record) else ee.record(loader, progress)
-    ee._refuse_foreign(record)
+    refuse_foreign(record, ee)
     if not accuracy_drop >= 0:
         raise ValueError(f"`accuracy_drop` is {accuracy_drop}; wanted a number from 0 on, such as 0.01")
     if not len(record):

@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from ..calibration.curves import Curve, curve_of
 from ..calibration.record import Record
 from ..calibration.search import always_there
+from ..calibration.target import refuse_foreign
 from ..data.loader import place_of
 from ..early_exit import EarlyExit
 from ..stages import Stages
@@ -207,7 +208,7 @@ def curve(ee: EarlyExit, loader: Record | Iterable[Any], progress: bool = True) 
     """
     prices = _deciders(ee)[0].prices
     record = loader if isinstance(loader, Record) else ee.record(loader, progress)
-    ee._refuse_foreign(record)
+    refuse_foreign(record, ee)
     same = torch.tensor(prices)[:, None].expand(-1, record.exits)
     return curve_of(record, torch.cat([always_there(record.exits), same]), progress)
 
@@ -221,7 +222,7 @@ def _deciders(ee: EarlyExit) -> list[Decider]:
 def _seen(ee: EarlyExit, heads: list[Decider], loader: Iterable[Any], progress: bool) -> tuple[list[Tensor], Tensor]:
     """What the decisions of every exit go by [N, F], and errors [N, M+1] float32."""
     features = training.Features(ee)
-    batches = loader if isinstance(loader, training.Cached) else ee._loader(loader, progress).run("answers")
+    batches = loader if isinstance(loader, training.Cached) else ee.batches(loader, progress).run("answers")
     inputs: list[list[Tensor]] = [[] for _ in heads]
     losses = []
     device, _ = place_of(ee.stages)

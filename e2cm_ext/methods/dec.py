@@ -47,7 +47,6 @@ from tqdm.auto import tqdm
 
 from .. import ops
 from ..clusters import Centres, Clustered, k_means, matching
-from ..data.loader import Loader
 from ..early_exit import EarlyExit
 from ..heads.base import Head
 from ..heads.class_means import ClassMeans
@@ -261,7 +260,7 @@ def train(
 
 
 def _gathered(ee: EarlyExit, loader: Iterable[Any], progress: bool) -> Tensor:
-    ready = Loader(loader, ee.stages, ee.num_classes, ee._image_shape, progress)
+    ready = ee.batches(loader, progress)
     images = torch.cat([batch.float() for batch in ready.images("images")])
     if not images.isfinite().all():
         raise ValueError("the images hold NaN or infinity: all that is learned would be spoiled")

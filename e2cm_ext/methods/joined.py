@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibration import curves
 from ..calibration.record import Record
@@ -158,26 +158,24 @@ def join(
     or a network with the same exits (and perhaps others) and class means that are fitted already: copies of them.
     blend: Blended in the place of consultation."""
     if isinstance(means, EarlyExit):
-        beside = [copy.deepcopy(head) for head in means.at_exits(ee.exit_names)._heads()]
+        beside = [copy.deepcopy(head) for head in means.at_exits(ee.exit_names).head_list()]
     else:
-        beside = build_heads(means, ee.num_classes, [head.feature_shape for head in ee._heads()], memory)
+        beside = build_heads(means, ee.num_classes, [head.feature_shape for head in ee.head_list()], memory)
     heads: list[Head] = []
-    for learned, other in zip(ee._heads(), beside, strict=True):
+    for learned, other in zip(ee.head_list(), beside, strict=True):
         arguments = (ee.num_classes, learned.feature_shape, copy.deepcopy(learned), other)
         heads.append(Blended(*arguments) if blend else Consulting(*arguments, leave, agree))
         heads[-1].fitted = learned.fitted and other.fitted
-    joined = EarlyExit.__new__(EarlyExit)
-    nn.Module.__init__(joined)
     costs = Costs(ee.costs.stages, tuple(head.flops() for head in heads), ee.costs.names)
     rule = Confidence() if blend else Gate()
-    joined._assemble(ee.stages, heads, rule, costs, ee._image_shape, ee._image_dtype)
-    joined.combination = ee.combination
-    return joined
+    return EarlyExit.from_parts(
+        ee.stages, heads, rule, costs, ee.image_shape, ee.image_dtype, combination=ee.combination
+    )
 
 
 def limit(ee: EarlyExit, limits: Tensor | Sequence[float]) -> None:
     """Sets the limits of the class means, one for each exit."""
-    for head, value in zip(ee._heads(), torch.as_tensor(limits, dtype=torch.float32), strict=True):
+    for head, value in zip(ee.head_list(), torch.as_tensor(limits, dtype=torch.float32), strict=True):
         if not isinstance(head, Consulting):
             raise TypeError(f"{type(head).__name__} consults nobody; wanted a network that `join` has made")
         head.limit.copy_(value)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..calibration import curves
 from ..calibration.curves import Curve
 from ..calibration.record import Record
-from ..data.loader import Loader, refuse_train_mode
+from ..data.loader import refuse_train_mode
 from ..early_exit import EarlyExit
 from ..heads.ensemble import Combination
 from ..runtime import cascade
@@ -204,8 +204,8 @@ def confusion(ee: EarlyExit, loader: Iterable[Any], progress: bool = True) -> Te
     standard deviations from the mean over the loader's samples. High: the network has changed its mind on the way."""
     refuse_train_mode(ee, "confusion")
     found = []
-    for images, _ in Loader(loader, ee.stages, ee.num_classes, ee._image_shape, progress).run("confusion"):
-        *early, last = (log_probs.double().exp() for log_probs in cascade.scores(ee.stages, ee._heads(), images))
+    for images, _ in ee.batches(loader, progress).run("confusion"):
+        *early, last = (log_probs.double().exp() for log_probs in cascade.scores(ee.stages, ee.head_list(), images))
         found.append(torch.stack([(last - each).abs().sum(1) for each in early]).sum(0).cpu())
     if not found:
         raise ValueError("the loader gave no sample: all its batches are empty")

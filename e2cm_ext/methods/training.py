@@ -36,8 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .. import data
-from ..data.loader import Loader, place_of, placed, refuse_train_mode
-from ..early_exit import EarlyExit, weights_sha256
+from ..checkpoint import weights_sha256
+from ..data.loader import place_of, placed, refuse_train_mode
+from ..early_exit import EarlyExit
 from ..utils import serialization
 from .learned_head import LearnedHead
 
@@ -149,7 +150,7 @@ def _learned(ee: EarlyExit) -> list[LearnedHead]:
 def _overwritten(ee: EarlyExit) -> list[bool]:
     """By the next stage: the features at every exit."""
     device, _ = place_of(ee.stages)
-    x = placed(torch.zeros(1, *ee._image_shape, dtype=ee._image_dtype, device=device), ee.stages)
+    x = placed(torch.zeros(1, *ee.image_shape, dtype=ee.image_dtype, device=device), ee.stages)
     found = []
     x = ee.stages[0](x)
     for stage in list(ee.stages)[1:]:
@@ -236,7 +237,7 @@ _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.float64: n
 
 def _batches_of_features(ee: EarlyExit, loader: Iterable[Any], progress: bool) -> Iterator[tuple[list[Tensor], Tensor]]:
     features = Features(ee)
-    checked = Loader(loader, ee.stages, ee.num_classes, ee._image_shape, progress)
+    checked = ee.batches(loader, progress)
     refuse_train_mode(ee, "cache")
     for images, labels in checked.run("features", finite=True):
         yield features(images), labels
@@ -301,7 +302,7 @@ def _about(ee: EarlyExit) -> dict[str, Any]:
     return {
         "network": weights_sha256(ee.stages),
         "exits": list(ee.exit_names),
-        "heads": [head.config() for head in ee._heads()],
+        "heads": [head.config() for head in ee.head_list()],
     }
 
 

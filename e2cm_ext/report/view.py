@@ -299,7 +299,7 @@ class _Page:
         return measured(self.ee, images, wanted, progress=progress)
 
     def exits(self) -> list[_Exit]:
-        heads = [str(head.kind).replace("_", " ") for head in self.ee._heads()]
+        heads = [str(head.kind).replace("_", " ") for head in self.ee.head_list()]
         named = {math.inf: "never", -math.inf: "always"}
         limits = [named.get(limit, f"{limit:.4f}") for limit in self.limits.tolist()]
         rows = []

@@ -27,12 +27,17 @@ from ..heads.rules import Rule
 from ..ops.types import Decisions
 from .cascade import Stage, final_decisions, write
 
-__all__ = ["Stream"]
+__all__ = ["Stream", "check_batch_size"]
 
 # Batches' worth of samples that are taken in before one has waited long enough, if the caller does not say: what is run
 # too small then is at most one batch per stage in so many.
 _PATIENCE = 64
 T = TypeVar("T")
+
+
+def check_batch_size(batch_size: int) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size!r}; wanted a whole number from 1 on")
 
 
 class Stream:
@@ -54,6 +59,8 @@ class Stream:
         max_wait: int | None = None,
         ready: Callable[[], None] = lambda: None,
     ) -> None:
+        if batch_size is not None:
+            check_batch_size(batch_size)
         if max_wait is not None and (isinstance(max_wait, bool) or not isinstance(max_wait, int) or max_wait < 0):
             raise ValueError(f"`max_wait` is {max_wait!r}; wanted a whole number of batches, 0 or more")
         self._legs = _legs(stages, heads, thresholds)

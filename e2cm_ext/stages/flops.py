@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
@@ -77,6 +77,11 @@ class Costs:
         """
         spent = accumulate(stage + head for stage, head in zip(self.stages, (*self.heads, 0), strict=True))
         return torch.tensor([total / self.base for total in spent], dtype=torch.float64)
+
+    def with_active_heads(self, thresholds: Sequence[float]) -> Costs:
+        """The same with nothing for heads at exits that are off (threshold +inf): these are not computed."""
+        heads = (head if limit < math.inf else 0 for head, limit in zip(self.heads, thresholds, strict=True))
+        return replace(self, heads=tuple(heads))
 
     def numbers(self, exits: Iterable[str | int]) -> list[int]:
         """Exits that are given by name or number: their numbers, in the order of the network, each once."""

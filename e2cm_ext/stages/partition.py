@@ -27,7 +27,7 @@ from .cut_points import Place, Places, choose, places_of
 from .flops import counting, on_meta_device, one_sample
 from .tracing import PREFIX, WAY_OUT, CutError, Network, Root, answer_of, trace
 
-__all__ = ["CutError", "Stages", "at_exits", "cut", "stage_flops"]
+__all__ = ["CutError", "Stages", "at_exits", "cut", "feature_shapes", "stage_flops"]
 
 Exits = str | int | Sequence[str] | Sequence[float]
 
@@ -101,6 +101,18 @@ def stage_flops(stages: Stages, example_input: Tensor) -> tuple[int, ...]:
         return tuple(after - before for before, after in pairwise(totals))
 
     return on_meta_device(run, stages, one_sample(example_input))
+
+
+@torch.no_grad()
+def feature_shapes(stages: Stages, x: Tensor) -> tuple[list[tuple[int, ...]], int]:
+    """Shapes of the features at every exit, and the number of logits."""
+    shapes = []
+    for stage in stages:
+        x = stage(x)
+        shapes.append(tuple(x.shape[1:]))
+    if x.dim() != 2:
+        raise ValueError(f"the model answers with shape {list(x.shape)}; wanted logits [batch, classes]")
+    return shapes[:-1], x.shape[1]
 
 
 def cut(model: nn.Module | Stages, example_input: Tensor, exits: Exits = "blocks") -> Stages:
