@@ -19,7 +19,7 @@
 #include "buffer.h"
 #include "half.h"
 #include "kernels.h"
-#include "pairs.h"
+#include "channel_pairs.h"
 #include "parallel.h"
 
 namespace e2cm {

@@ -7,7 +7,7 @@
 // Tried and left: a load for each offset, instead of joining registers (it crosses a cache line, and the copy that it
 // needs is written and read once more); asking for what is ahead into the first level of cache; roots by a guess and a
 // step of Newton's (2% less).
-#include "pairs.h"
+#include "channel_pairs.h"
 
 #include <algorithm>
 #include <cstring>
