@@ -3,7 +3,7 @@
 HYPOTHESIS_PROFILE=explore searches with new random examples, and many more of them; brief looks at a few.
 E2CM_CAREFUL=1 shuts the native way of csrc/usual_call.cpp, as if every call were unusual or torch older than 2.10.
 E2CM_EMULATED=1 sends every call through gpu.py to the CUDA kernels, in a module that was built with E2CM_CUDA=EMULATED:
-their blocks run on the CPU, see csrc/tests/emulation.h.
+their blocks run on the CPU, see csrc/tests/emulation/cuda_runtime.h.
 """
 
 import contextlib

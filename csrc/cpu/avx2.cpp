@@ -1,20 +1,21 @@
-// AVX2 with FMA and F16C: 8 floats a register, 16 registers, so a tile of 6 rows x 2 vectors keeps 12 sums.
+// AVX2 with FMA and F16C: 8 floats per register, 16 registers. A GEMM tile of 6 rows x 2 vectors keeps 12 sums.
 #include <immintrin.h>
 
+#include "compiler.h"
 #include "half.h"
 #include "kernels.h"
 
 namespace e2cm {
 namespace {
 
-constexpr int kSquareRows = 2, kSquareSums = 10, kTileRows = 6;
+constexpr int kDirectRows = 2, kDirectSums = 10, kGemmRows = 6;
 
 struct Vec {
   static constexpr int lanes = 8;
   __m256 v;
   static Vec zero() { return {_mm256_setzero_ps()}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-  static Vec load_once(const float* p) {
+  static Vec load_to_register(const float* p) {
     Vec a = load(p);
     E2CM_IN_REGISTER(a.v, "x");
     return a;
@@ -43,7 +44,7 @@ struct Vec {
   }
   static Vec load_as(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
   template <int first>
-  static Vec join(Vec a, Vec b) {
+  static Vec align(Vec a, Vec b) {
     const __m256i middle = _mm256_castps_si256(_mm256_permute2f128_ps(a.v, b.v, 0x21));
     const __m256i low = first < 4 ? _mm256_castps_si256(a.v) : middle;
     const __m256i high = first < 4 ? middle : _mm256_castps_si256(b.v);

@@ -1,20 +1,21 @@
-// AVX-512 (F, BW, DQ, VL): 16 floats a register, 32 registers, so a tile of 14 rows x 2 vectors keeps 28 sums.
+// AVX-512 (F, BW, DQ, VL): 16 floats per register, 32 registers. A GEMM tile of 14 rows x 2 vectors keeps 28 sums.
 #include <immintrin.h>
 
+#include "compiler.h"
 #include "half.h"
 #include "kernels.h"
 
 namespace e2cm {
 namespace {
 
-constexpr int kSquareRows = 4, kSquareSums = 24, kTileRows = 14;
+constexpr int kDirectRows = 4, kDirectSums = 24, kGemmRows = 14;
 
 struct Vec {
   static constexpr int lanes = 16;
   __m512 v;
   static Vec zero() { return {_mm512_setzero_ps()}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  static Vec load_once(const float* p) {
+  static Vec load_to_register(const float* p) {
     Vec a = load(p);
     E2CM_IN_REGISTER(a.v, "v");
     return a;
@@ -45,7 +46,7 @@ struct Vec {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   template <int first>
-  static Vec join(Vec a, Vec b) {
+  static Vec align(Vec a, Vec b) {
     return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b.v), _mm512_castps_si512(a.v), first))};
   }
   static void transpose(Vec (&a)[lanes]) {

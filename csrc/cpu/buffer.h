@@ -1,8 +1,8 @@
-// Uninitialised memory on a cache line boundary, given back at the end of the scope.
+// Uninitialised memory, aligned to cache lines, for the scope of the object.
 //
-// Small pieces come from a block that each thread keeps, one on top of the other: a call on a small batch would
-// otherwise spend most of its time in malloc. So buffers of one thread must end in the reverse order of their
-// beginning, which local variables and members do by themselves.
+// Small buffers come from a block that each thread keeps, stacked: a call on a small batch would otherwise spend most
+// of its time in malloc. Buffers of a thread must therefore be destroyed in reverse order, as local variables and
+// members are.
 #pragma once
 
 #include <cstddef>
@@ -14,23 +14,23 @@ namespace e2cm {
 class Arena {
  public:
   static constexpr size_t kSize = size_t{1} << 19;
-  static constexpr std::align_val_t kLine{64};
+  static constexpr std::align_val_t kCacheLine{64};
 
   static Arena& of_this_thread() {
     static thread_local Arena arena;
     return arena;
   }
-  ~Arena() { ::operator delete(base_, kLine); }
+  ~Arena() { ::operator delete(base_, kCacheLine); }
 
   // Null if it does not fit.
-  void* take(size_t bytes) {
+  void* allocate(size_t bytes) {
     if (bytes > kSize - used_) return nullptr;
-    if (!base_) base_ = static_cast<char*>(::operator new(kSize, kLine));
+    if (!base_) base_ = static_cast<char*>(::operator new(kSize, kCacheLine));
     void* const piece = base_ + used_;
     used_ += bytes;
     return piece;
   }
-  void give_back(size_t bytes) { used_ -= bytes; }
+  void release(size_t bytes) { used_ -= bytes; }
 
  private:
   char* base_ = nullptr;
@@ -43,13 +43,13 @@ class Buffer {
   explicit Buffer(int64_t count)
       : bytes_((static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64),
         arena_(Arena::of_this_thread()),
-        small_(arena_.take(bytes_)),
-        memory_(small_ ? small_ : ::operator new(bytes_, Arena::kLine)) {}
+        small_(arena_.allocate(bytes_)),
+        memory_(small_ ? small_ : ::operator new(bytes_, Arena::kCacheLine)) {}
   ~Buffer() {
     if (small_)
-      arena_.give_back(bytes_);
+      arena_.release(bytes_);
     else
-      ::operator delete(memory_, Arena::kLine);
+      ::operator delete(memory_, Arena::kCacheLine);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

@@ -1,4 +1,4 @@
-// Which unit runs: the best that this machine and this build have, or what E2CM_ISA names. Decided once.
+// Chooses the unit: the best one of this machine and this build, or the one that E2CM_ISA names. Decided on first use.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -24,7 +24,7 @@ bool has(bool avx512) {
   int leaf[4];
   __cpuid(leaf, 1);
   if (!(bit(leaf[2], 27) && bit(leaf[2], 28) && bit(leaf[2], 12) && bit(leaf[2], 29))) return false;
-  const unsigned long long saved = _xgetbv(0);  // does the operating system keep the wide registers?
+  const unsigned long long saved = _xgetbv(0);  // register states that the operating system saves
   __cpuidex(leaf, 7, 0);
   if ((saved & 0x6) != 0x6 || !bit(leaf[1], 5)) return false;
   if (!avx512) return true;
@@ -33,7 +33,7 @@ bool has(bool avx512) {
 bool has_avx2() { return has(false); }
 bool has_avx512() { return has(true); }
 #else
-bool has_f16c() {  // a name that not every compiler's __builtin_cpu_supports knows
+bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows this name
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
 }

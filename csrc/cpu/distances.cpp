@@ -1,25 +1,19 @@
-// Few classes: distance^2 = sum of (x - m)^2, of features as they arrive. Two operations a pair of numbers, but nothing
-// cancels, nothing is prepared and each feature is read once: at ten classes memory is as slow as the arithmetic.
+// Distances and logits of a batch: sums over D for all pairs of a row and a class, split over threads.
 //
-// Logits of few classes are products, summed up in the same way.
+// Up to kMaxDirectClasses classes: sums of (x - m)^2 or x * m, of features in their storage type (direct.inl).
+// More: products x . m (gemm.inl); distance^2 = |x|^2 - 2 x.m + |m|^2, with the center subtracted from both so that
+// less cancels. Rows go to scratch and class vectors to panels, float32, centred and padded, small enough for the first
+// two levels of cache. Panels are made per call, or once by `pack` (panels.h).
 //
-// Many classes: distance^2 = |x|^2 - 2 x.m + |m|^2, one operation, with x and m brought near the origin (`center`).
-// Rows go into scratch and means into panels (if panels.h has not packed them ahead), converted, centred and padded,
-// small enough for the first two cache levels; while a panel is multiplied, what comes next is asked for.
+// Reads   B * D features and K * D class vectors. Products: the features once per part of the classes, the class
+//         vectors once per group of kGroupRows rows.
+// Writes  B * K double sums per split of D, and for distances from products the norms.
+// Does    see direct.inl and gemm.inl. Pairs whose subtraction cancels too much are computed again from the
+// differences.
 //
-// Logits of many classes are these products, of rows and weights as they are.
-//
-// Same bits whatever the threads and the batch: which way is taken depends on the number of classes alone, D is cut
-// into splits by D alone, a split's blocks are added in order (double), splits are added in order, and inside a block
-// every (row, mean) pair goes through the same instructions.
-//
-// Tried and left: products for few classes (the work around them costs more than it saves where sums have units of
-// their own; where they have not, it takes 10% less time), dot products of rows and means in tiles of 4 x 6 (a quarter
-// of the time went into adding up lanes), blocks of 256, 1024 and 2048 numbers; few means in tiles of 2 x 10 (as fast
-// in cache, half as fast from memory), and for 8 blocks at a time (no faster); dot products for the last few of many
-// classes (9% at 100 of them, but equal means must have equal bits); products of 24-bit numbers in int8 digits on AMX
-// (1.6 times as fast where a core is not shared, but an outlier takes digits from all that stand in its block:
-// distances off by up to 7e-4, logits by any amount).
+// The result has the same bits for any number of threads and any batch: the way depends on the number of classes alone,
+// and the splits on D alone; blocks are added in order within a split, in double, and splits in order; within a block
+// every pair goes through the same instructions.
 #include "distances.h"
 
 #include <algorithm>
@@ -33,96 +27,98 @@
 namespace e2cm {
 namespace {
 
-constexpr int64_t kGroupRows = 128;  // rows per work item: means are prepared once for all of them
-constexpr int64_t kFewRows = 16;     // up to here means are used where they lie: copying them would cost more
+constexpr int64_t kGroupRows = 128;      // rows per task: they share the preparation of the class vectors
+constexpr int64_t kMaxInPlaceRows = 16;  // up to here float32 class vectors are not copied to scratch: it costs more
 
 }  // namespace
 
-// How the work is cut: into splits of D, groups of rows, and parts of the means.
+// How the work is divided: splits of D, groups of rows, parts of the classes.
 struct PairSums::Plan {
   int threads;
   int64_t group_rows, groups;
-  int64_t part_means, parts;
+  int64_t part_classes, parts;
   int64_t scratch;  // floats per thread
 
-  Plan(const Rows& x, int64_t means, int64_t splits, int allowed)
-      // A row or mean of many costs about as much to prepare as four comparisons.
-      : threads(useful_threads(allowed, x.dim * (x.rows * means + (means <= kFewMeans ? 0 : 4 * (x.rows + means))))),
+  Plan(const Rows& x, int64_t classes, int64_t splits, int allowed)
+      // Products: preparing a row or a class vector costs about as much as four comparisons.
+      : threads(useful_threads(
+            allowed, x.dim * (x.rows * classes + (classes <= kMaxDirectClasses ? 0 : 4 * (x.rows + classes))))),
         group_rows(std::min(kGroupRows, round_up(x.rows, 4))),
-        part_means(means) {
-    const auto pieces = [&] { return ceil_div(x.rows, group_rows) * ceil_div(means, part_means) * splits; };
+        part_classes(classes) {
+    const auto tasks = [&] { return ceil_div(x.rows, group_rows) * ceil_div(classes, part_classes) * splits; };
     const int64_t panel = kernels().panel, wanted = threads > 1 ? 2 * threads : 1;
-    // Whatever is cut more finely, the others are prepared once for each of its pieces.
-    while (pieces() < wanted && part_means > 2 * panel && part_means > kFewMeans)
-      part_means = round_up(part_means / 2, panel);
-    while (pieces() < wanted && group_rows > 4) group_rows = round_up(group_rows / 2, 4);
+    // Smaller parts of the classes mean that rows are prepared more often, and the other way round.
+    while (tasks() < wanted && part_classes > 2 * panel && part_classes > kMaxDirectClasses)
+      part_classes = round_up(part_classes / 2, panel);
+    while (tasks() < wanted && group_rows > 4) group_rows = round_up(group_rows / 2, 4);
     groups = ceil_div(x.rows, group_rows);
-    parts = ceil_div(means, part_means);
-    const int64_t few = means * kStride * kRun, many = group_rows * kStride + kBlock * panel;
-    scratch = round_up(means <= kFewMeans ? few : many, 1024);
+    parts = ceil_div(classes, part_classes);
+    const int64_t direct = classes * kScratchStride * kDirectBlocks;
+    const int64_t products = group_rows * kScratchStride + kBlock * panel;
+    scratch = round_up(classes <= kMaxDirectClasses ? direct : products, 1024);
   }
 };
 
-PairSums::PairSums(Of what, const Rows& x, const Rows& classes, const float* center, const void* packed, int threads)
-    : isa_(kernels()),  // here, where a wrong E2CM_ISA may still throw
+PairSums::PairSums(Kind kind, const Rows& x, const Rows& classes, const float* center, const void* packed, int threads)
+    : isa_(kernels()),  // a wrong E2CM_ISA throws here, on the calling thread
       x_(x),
       classes_(classes),
       center_(center),
-      what_(what),
-      few_(classes.rows <= kFewMeans),
-      norms_(what == Of::distances && !few_),
-      cuts_(x.dim),
-      packed_(classes.rows, x.dim, few_ ? nullptr : const_cast<void*>(packed)),
+      kind_(kind),
+      direct_(classes.rows <= kMaxDirectClasses),
+      norms_(kind == Kind::distances && !direct_),
+      splits_(x.dim),
+      packed_(classes.rows, x.dim, direct_ ? nullptr : const_cast<void*>(packed)),
       row_stride_(round_up(x.rows, kLanes)),
-      class_stride_(few_ ? row_stride_ : 1),
-      ld_(few_ ? 1 : round_up(classes.rows, kLanes)),
-      split_stride_(row_stride_ * (few_ ? classes.rows : ld_)),
-      size_(cuts_.splits * (split_stride_ + (norms_ ? row_stride_ + ld_ : 0))),
+      class_stride_(direct_ ? row_stride_ : 1),
+      ld_(direct_ ? 1 : round_up(classes.rows, kLanes)),
+      split_stride_(row_stride_ * (direct_ ? classes.rows : ld_)),
+      size_(splits_.count * (split_stride_ + (norms_ ? row_stride_ + ld_ : 0))),
       memory_(size_),
       sums_(memory_.get()),
-      row_norms_(norms_ ? sums_ + cuts_.splits * split_stride_ : nullptr),
-      class_norms_(norms_ ? row_norms_ + cuts_.splits * row_stride_ : nullptr) {
-  if (x.rows > 0) compute(Plan(x, classes.rows, cuts_.splits, threads));
+      row_norms_(norms_ ? sums_ + splits_.count * split_stride_ : nullptr),
+      class_norms_(norms_ ? row_norms_ + splits_.count * row_stride_ : nullptr) {
+  if (x.rows > 0) compute(Plan(x, classes.rows, splits_.count, threads));
 }
 
 int64_t PairSums::rows_that_fit(int64_t dim, int64_t classes) {
   const int64_t sums = int64_t{1} << 23;
-  return std::max(kGroupRows, sums / (Cuts(dim).splits * classes) / kGroupRows * kGroupRows);
+  return std::max(kGroupRows, sums / (Splits(dim).count * classes) / kGroupRows * kGroupRows);
 }
 
 void PairSums::compute(const Plan& plan) {
   Buffer<float> scratch(plan.threads * plan.scratch);
   std::fill_n(memory_.get(), size_, 0.0);
   if (packed_ && norms_) std::copy_n(packed_.norms(), packed_.norms_size(), class_norms_);
-  parallel_for(cuts_.splits * plan.groups * plan.parts, plan.threads, [&](int64_t item, int thread) {
-    const int64_t first_row = item / plan.parts % plan.groups * plan.group_rows;
-    const int64_t first_class = item % plan.parts * plan.part_means;
-    const Piece piece{item / plan.parts / plan.groups, first_row, std::min(plan.group_rows, x_.rows - first_row),
-                      first_class, std::min(plan.part_means, classes_.rows - first_class)};
+  parallel_for(splits_.count * plan.groups * plan.parts, plan.threads, [&](int64_t index, int thread) {
+    const int64_t first_row = index / plan.parts % plan.groups * plan.group_rows;
+    const int64_t first_class = index % plan.parts * plan.part_classes;
+    const Task task{index / plan.parts / plan.groups, first_row, std::min(plan.group_rows, x_.rows - first_row),
+                    first_class, std::min(plan.part_classes, classes_.rows - first_class)};
     float* const own = scratch.get() + thread * plan.scratch;
-    few_ ? add_directly(piece, own) : add_products(piece, own);
+    direct_ ? add_direct(task, own) : add_products(task, own);
   });
 }
 
-// body(first number, how many) for all blocks of a split, `each` of them at a time.
+// body(first feature, number of features) for all blocks of a split, `blocks_each` at a time.
 template <class Body>
-void PairSums::for_blocks(int64_t split, int64_t each, const Body& body) const {
-  const int64_t end = cuts_.first_block(split + 1);
-  for (int64_t block = cuts_.first_block(split); block < end; block += each) {
+void PairSums::for_blocks(int64_t split, int64_t blocks_each, const Body& body) const {
+  const int64_t end = splits_.first_block(split + 1);
+  for (int64_t block = splits_.first_block(split); block < end; block += blocks_each) {
     const int64_t at = block * kBlock;
-    body(at, std::min({each * kBlock, end * kBlock - at, x_.dim - at}));
+    body(at, std::min({blocks_each * kBlock, end * kBlock - at, x_.dim - at}));
   }
 }
 
-void PairSums::add_directly(const Piece& piece, float* scratch) {
-  const bool in_place = piece.rows <= kFewRows && classes_.dtype == DType::f32;
-  double* const sums = sums_ + piece.split * split_stride_ + piece.first;
-  const auto run = what_ == Of::distances ? isa_.add_squares : isa_.add_dots;
-  const auto add = [&](int64_t at, int64_t n, const FewMeans& means) {
-    run(element(x_, piece.first, at), x_.dtype, x_.stride, piece.rows, n, means, sums, row_stride_);
+void PairSums::add_direct(const Task& task, float* scratch) {
+  const bool in_place = task.rows <= kMaxInPlaceRows && classes_.dtype == DType::f32;
+  double* const sums = sums_ + task.split * split_stride_ + task.first_row;
+  const auto run = kind_ == Kind::distances ? isa_.add_squares : isa_.add_dots;
+  const auto add = [&](int64_t at, int64_t n, const DirectMeans& means) {
+    run(element(x_, task.first_row, at), x_.dtype, x_.stride, task.rows, n, means, sums, row_stride_);
   };
-  const int64_t block = classes_.rows * kStride, size = size_of(classes_.dtype);
-  for_blocks(piece.split, kRun, [&](int64_t at, int64_t n) {
+  const int64_t block = classes_.rows * kScratchStride, size = size_of(classes_.dtype);
+  for_blocks(task.split, kDirectBlocks, [&](int64_t at, int64_t n) {
     const int64_t whole = in_place ? n / kPad * kPad : 0, rest = n - whole;
     if (whole) {
       const float* const means = reinterpret_cast<const float*>(element(classes_, 0, at));
@@ -132,63 +128,64 @@ void PairSums::add_directly(const Piece& piece, float* scratch) {
     for (int64_t i = 0; i < rest; i += kBlock)
       isa_.load_block(element(classes_, 0, at + whole + i), classes_.dtype, classes_.stride, nullptr, classes_.rows,
                       std::min(kBlock, rest - i), scratch + i / kBlock * block, nullptr);
-    const char* const ahead = in_place || at + n == x_.dim ? nullptr : element(classes_, 0, at + n);
-    add(at + whole, rest, {scratch, classes_.rows, kStride, block, ahead, classes_.stride * size, size});
+    const char* const next = in_place || at + n == x_.dim ? nullptr : element(classes_, 0, at + n);
+    add(at + whole, rest, {scratch, classes_.rows, kScratchStride, block, next, classes_.stride * size, size});
   });
 }
 
-void PairSums::add_products(const Piece& piece, float* scratch) {
+void PairSums::add_products(const Task& task, float* scratch) {
   const int64_t x_size = size_of(x_.dtype);
-  const int64_t end = piece.first_class + piece.classes;
+  const int64_t end = task.first_class + task.classes;
   float *const panel = scratch, *const rows = scratch + kBlock * isa_.panel;
-  double* const products = sums_ + piece.split * split_stride_ + piece.first * ld_;
-  // Norms are the same for all pieces that share the rows or the classes: one of them writes.
+  double* const products = sums_ + task.split * split_stride_ + task.first_row * ld_;
+  // Tasks that share rows or classes compute the same norms: the first of them writes.
   double* const row_norms =
-      norms_ && !piece.first_class ? row_norms_ + piece.split * row_stride_ + piece.first : nullptr;
-  double* const class_norms = norms_ && !packed_ && !piece.first ? class_norms_ + piece.split * ld_ : nullptr;
+      norms_ && !task.first_class ? row_norms_ + task.split * row_stride_ + task.first_row : nullptr;
+  double* const class_norms = norms_ && !packed_ && !task.first_row ? class_norms_ + task.split * ld_ : nullptr;
 
-  for_blocks(piece.split, 1, [&](int64_t at, int64_t n) {
+  for_blocks(task.split, 1, [&](int64_t at, int64_t n) {
     const float* const center = center_ ? center_ + at : nullptr;
     const bool last = at + n == x_.dim;
-    Ahead rows_ahead{element(x_, piece.first, at + n), last ? 0 : piece.rows, x_.stride * x_size, kBlock * x_size};
-    isa_.load_block(element(x_, piece.first, at), x_.dtype, x_.stride, center, piece.rows, n, rows, row_norms);
-    for (int64_t k = piece.first_class; k < end; k += isa_.panel) {
+    PrefetchQueue next_rows{element(x_, task.first_row, at + n), last ? 0 : task.rows, x_.stride * x_size,
+                            kBlock * x_size};
+    isa_.load_block(element(x_, task.first_row, at), x_.dtype, x_.stride, center, task.rows, n, rows, row_norms);
+    for (int64_t k = task.first_class; k < end; k += isa_.panel) {
       const int64_t count = std::min(isa_.panel, end - k);
-      const bool wraps = k + isa_.panel >= end;
-      Ahead ahead{};
-      if (!wraps)
-        ahead = classes_ahead(at, k + isa_.panel, end);
+      const bool last_panel = k + isa_.panel >= end;
+      PrefetchQueue next_means{};
+      if (!last_panel)
+        next_means = next_classes(at, k + isa_.panel, end);
       else if (!last)
-        ahead = classes_ahead(at + n, piece.first_class, end);
+        next_means = next_classes(at + n, task.first_class, end);
       if (!packed_)
         isa_.pack_means(element(classes_, k, at), classes_.dtype, classes_.stride, center, count, n, panel,
                         class_norms ? class_norms + k : nullptr);
-      isa_.add_products(rows, piece.rows, packed_ ? packed_.at(at / kBlock, k) : panel, count, n, products + k, ld_,
-                        ahead, rows_ahead);
+      isa_.add_products(rows, task.rows, packed_ ? packed_.at(at / kBlock, k) : panel, count, n, products + k, ld_,
+                        next_means, next_rows);
     }
   });
 }
 
-// A block from `at` on of the classes from k on.
-Ahead PairSums::classes_ahead(int64_t at, int64_t k, int64_t end) const {
+// The block that starts at feature `at`, of the panel that starts at class k.
+PrefetchQueue PairSums::next_classes(int64_t at, int64_t k, int64_t end) const {
   if (packed_) {
-    constexpr int64_t stretch = kBlock * sizeof(float);
-    const int64_t numbers = std::min(isa_.panel, round_up(end - k, kLanes)) * cuts_.numbers_in(at / kBlock);
-    return {reinterpret_cast<const char*>(packed_.at(at / kBlock, k)), numbers / kBlock, stretch, stretch};
+    constexpr int64_t bytes = kBlock * sizeof(float);
+    const int64_t numbers = std::min(isa_.panel, round_up(end - k, kLanes)) * splits_.block_size(at / kBlock);
+    return {reinterpret_cast<const char*>(packed_.at(at / kBlock, k)), numbers / kBlock, bytes, bytes};
   }
   const int64_t size = size_of(classes_.dtype);
   return {element(classes_, k, at), std::min(isa_.panel, end - k), classes_.stride * size, kBlock * size};
 }
 
 Distances::Distances(const Rows& x, const ClassMeans& head, int threads)
-    : PairSums(Of::distances, x, head.means, head.center, head.packed, threads), scale_(head.scale) {}
+    : PairSums(Kind::distances, x, head.means, head.center, head.packed, threads), scale_(head.scale) {}
 
-// For the few pairs that distance_lanes doubts: the direct sum of squares; in double, where float32 cannot hold them.
-float Distances::the_long_way(int64_t row, int64_t mean) const {
+// For pairs that distance_lanes calls inaccurate: the sum of squared differences; in double if float32 cannot hold it.
+float Distances::exact_distance(int64_t row, int64_t mean) const {
   const void *const x = element(x_, row, 0), *const m = element(classes_, mean, 0);
-  if (!few_) {
+  if (!direct_) {
     const double square = isa_.squared_distance(x, x_.dtype, m, classes_.dtype, x_.dim);
-    if (square >= kTiny && square <= kHuge) return static_cast<float>(std::sqrt(square));
+    if (square >= kMinSquare && square <= kMaxSquare) return static_cast<float>(std::sqrt(square));
   }
   return visit(x, x_.dtype, [&](const auto* a) {
     return visit(m, classes_.dtype, [&](const auto* b) {
@@ -196,32 +193,34 @@ float Distances::the_long_way(int64_t row, int64_t mean) const {
       for (int64_t i = 0; i < x_.dim; ++i) {
         const double difference = static_cast<double>(to_float(a[i])) - to_float(b[i]);
         total += difference * difference;
-        if (!(total <= std::numeric_limits<double>::max())) break;  // NaN or infinite: it stays so
+        if (!(total <= std::numeric_limits<double>::max())) break;  // NaN or infinity: further terms change nothing
       }
       return static_cast<float>(std::sqrt(total));
     });
   });
 }
 
-void Distances::lanes(int64_t first, float* out) const { few_ ? lanes_of_few(first, out) : lanes_of_many(first, out); }
+void Distances::lanes(int64_t first, float* out) const {
+  direct_ ? lanes_from_squares(first, out) : lanes_from_products(first, out);
+}
 
-void Distances::lanes_of_few(int64_t first, float* out) const {
+void Distances::lanes_from_squares(int64_t first, float* out) const {
   float scale[kLanes];
   for (int64_t k = 0; k < classes_.rows; ++k) {
     std::fill_n(scale, kLanes, scale_ ? scale_[k] : 1.f);
     float* const distances = out + k * kLanes;
-    const uint32_t doubtful =
-        isa_.distance_lanes(sums_ + k * row_stride_ + first, cuts_.splits, split_stride_, nullptr, 0, scale, distances);
-    for (int64_t j = 0; doubtful >> j; ++j)
-      if (doubtful >> j & 1 && first + j < x_.rows) distances[j] = the_long_way(first + j, k) / scale[j];
+    const uint32_t inaccurate = isa_.distance_lanes(sums_ + k * row_stride_ + first, splits_.count, split_stride_,
+                                                    nullptr, 0, scale, distances);
+    for (int64_t j = 0; inaccurate >> j; ++j)
+      if (inaccurate >> j & 1 && first + j < x_.rows) distances[j] = exact_distance(first + j, k) / scale[j];
   }
 }
 
-// A class per lane, as the sums lie, and turned afterwards.
-void Distances::lanes_of_many(int64_t first, float* out) const {
+// Products are stored row by row: a class per lane, and the result is transposed.
+void Distances::lanes_from_products(int64_t first, float* out) const {
   const auto over_splits = [&](const double* norms, int64_t stride, double (&sum)[kLanes]) {
     std::fill_n(sum, kLanes, 0.0);
-    for (int64_t s = 0; s < cuts_.splits; ++s, norms += stride)
+    for (int64_t s = 0; s < splits_.count; ++s, norms += stride)
       for (int64_t j = 0; j < kLanes; ++j) sum[j] += norms[j];
   };
   double row_norms[kLanes];
@@ -235,25 +234,25 @@ void Distances::lanes_of_many(int64_t first, float* out) const {
     if (scale_) std::copy_n(scale_ + k, count, scale);
     for (int64_t j = 0; j < kLanes; ++j) {
       float* const distances = square + j * kLanes;
-      const uint32_t doubtful = isa_.distance_lanes(sums_ + (first + j) * ld_ + k, cuts_.splits, split_stride_,
-                                                    class_norms, row_norms[j], scale, distances);
-      for (int64_t i = 0; doubtful >> i; ++i)
-        if (doubtful >> i & 1 && i < count && first + j < x_.rows)
-          distances[i] = the_long_way(first + j, k + i) / scale[i];
+      const uint32_t inaccurate = isa_.distance_lanes(sums_ + (first + j) * ld_ + k, splits_.count, split_stride_,
+                                                      class_norms, row_norms[j], scale, distances);
+      for (int64_t i = 0; inaccurate >> i; ++i)
+        if (inaccurate >> i & 1 && i < count && first + j < x_.rows)
+          distances[i] = exact_distance(first + j, k + i) / scale[i];
     }
-    isa_.turn(square, DType::f32, kLanes, kLanes, count, out + k * kLanes, kLanes);
+    isa_.transpose(square, DType::f32, kLanes, kLanes, count, out + k * kLanes, kLanes);
   }
 }
 
 Logits::Logits(const Rows& x, const Linear& head, int threads)
-    : PairSums(Of::products, x, head.weight, nullptr, head.packed, threads), bias_(head.bias) {}
+    : PairSums(Kind::logits, x, head.weight, nullptr, head.packed, threads), bias_(head.bias) {}
 
 void Logits::lanes(int64_t first, float* out) const {
   for (int64_t k = 0; k < classes_.rows; ++k) {
     double logits[kLanes];
     std::fill_n(logits, kLanes, static_cast<double>(bias_[k]));
     const double* sums = sums_ + first * ld_ + k * class_stride_;
-    for (int64_t s = 0; s < cuts_.splits; ++s, sums += split_stride_)
+    for (int64_t s = 0; s < splits_.count; ++s, sums += split_stride_)
       for (int64_t j = 0; j < kLanes; ++j) logits[j] += sums[j * ld_];
     for (int64_t j = 0; j < kLanes; ++j) out[k * kLanes + j] = -static_cast<float>(logits[j]);
   }

@@ -52,7 +52,7 @@ struct LaneAnswers {
         for (int j = 0; j < kLanes; ++j)
           square[k * kLanes + j] = (best[j] - penalties[(begin + k) * kLanes + j]) - log_sum[j];
       std::fill(square + count * kLanes, square + kLanes * kLanes, 0.f);
-      kernels().turn(square, DType::f32, kLanes, kLanes, kLanes, turned, kLanes);
+      kernels().transpose(square, DType::f32, kLanes, kLanes, kLanes, turned, kLanes);
       for (int j = 0; j < kLanes; ++j)
         if (rows[j] >= 0) std::copy_n(turned + j * kLanes, count, out.log_probs + rows[j] * out.classes + begin);
     }

@@ -1,30 +1,11 @@
-// The two 16-bit storage types, and how one number of each becomes a float. Included inside every unit's anonymous
-// namespace rules: all of it is static, so no unit's copy can stand in for another's.
+// The two 16-bit storage types and their conversion to float. Everything is in an anonymous namespace, because units
+// that are compiled for different instruction sets include it (see kernels.inl).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "../exit_step.h"
-
-// Left alone, a compiler folds a load into each instruction that uses it, and reads memory as often as it is used.
-#if defined(__GNUC__) || defined(__clang__)
-#define E2CM_IN_REGISTER(value, kind) __asm__("" : "+" kind(value))
-#else
-#define E2CM_IN_REGISTER(value, kind) static_cast<void>(0)
-#endif
-
-// The tiles live in registers only if their loops are unrolled before arrays are broken up.
-#if defined(__clang__)
-#define E2CM_UNROLL _Pragma("unroll")
-#define E2CM_UNROLL_2 _Pragma("unroll 2")
-#elif defined(__GNUC__)
-#define E2CM_UNROLL _Pragma("GCC unroll 32")
-#define E2CM_UNROLL_2 _Pragma("GCC unroll 2")
-#else
-#define E2CM_UNROLL
-#define E2CM_UNROLL_2
-#endif
 
 namespace e2cm {
 namespace {
@@ -49,12 +30,12 @@ inline float to_float(f16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t rest = value.bits & 0x7fffu;
   if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));  // infinity, NaN
-  if (rest >= 0x0400u) return from_bits(sign | ((rest << 13) + (112u << 23)));          // normal: move the bias
+  if (rest >= 0x0400u) return from_bits(sign | ((rest << 13) + (112u << 23)));          // normal: rebias the exponent
   const float magnitude = static_cast<float>(rest) * 5.9604644775390625e-8f;            // subnormal: rest * 2^-24
   return sign ? -magnitude : magnitude;
 }
 
-// body(pointer of the right type).
+// Calls body with the pointer cast to its element type.
 template <class Body>
 auto visit(const void* data, DType dtype, const Body& body) {
   if (dtype == DType::bf16) return body(static_cast<const bf16*>(data));

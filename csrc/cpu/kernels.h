@@ -1,5 +1,5 @@
-// What one instruction set offers to the rest of the core. Each unit (scalar, avx2, avx512, neon) compiles kernels.inl
-// with its own vector type and fills one table; only plain pointers and numbers cross between translation units.
+// The kernels of one instruction set, as a table of function pointers. Each unit (scalar, avx2, avx512, neon) compiles
+// kernels.inl with its own vector type and fills one table. Only plain pointers and integers cross translation units.
 #pragma once
 
 #include <cstdint>
@@ -8,135 +8,134 @@
 
 namespace e2cm {
 
-// Features are worked on in blocks of this many numbers: sums inside a block are float32, sums of blocks are double.
+// D is processed in blocks of this many features: float32 sums within a block, double sums of blocks.
 constexpr int64_t kBlock = 512;
-// With few means, some rows at a time are worked on for this many blocks: the memory that they come from likes long
-// stretches. The means of so many blocks should stay in the second level of cache.
-constexpr int64_t kRun = 4;
-// Rows of scratch start this many floats apart. Not kBlock: a load whose address agrees with that of a recent store in
-// its last 12 bits waits for it, and rows 2 KiB apart would agree all the time.
-constexpr int64_t kStride = kBlock + 16;
-// Rows of answers are worked on side by side, one row per lane.
+// The direct kernels read this many blocks of a few rows in sequence, since DRAM favours long contiguous reads. The
+// class vectors of that many blocks should fit into the second level of cache.
+constexpr int64_t kDirectBlocks = 4;
+// Floats between two rows of scratch. Not kBlock: a load whose address agrees with that of a recent store in the low 12
+// bits waits for the store (4K aliasing), and rows 2 KiB apart would always agree.
+constexpr int64_t kScratchStride = kBlock + 16;
+// Scores of this many rows are processed together, one row per lane.
 constexpr int64_t kLanes = 16;
-// Blocks in scratch (kBlock floats a row) are filled up with zeros to a multiple of this: no tail in any inner loop.
+// Blocks in scratch (kBlock floats per row) are zero-padded to a multiple of this, so that inner loops have no tail.
 constexpr int64_t kPad = 16;
-// A product of a row and a mean is summed up in chains of this many additions, one after the other.
+// The product of a row and a class vector is accumulated in chains of this many additions; the chains are then summed.
 constexpr int64_t kChain = 64;
-// Numbers of a map that are worked on at a time: sums over their pixels are float32, sums of these sums double.
-constexpr int64_t kPiece = 4096;
-// Pairs of channels are found by shifting both of them, one by less than this, the other by multiples of it.
+// Feature maps are processed in chunks of this many elements: float32 sums over the pixels of a chunk, double above.
+constexpr int64_t kChunk = 4096;
+// Pairs of channels are formed by shifting both operands: one by less than this, the other by multiples of it.
 constexpr int kPairShifts = 4;
-// Sums of squares outside of this range may have met squares that float32 cannot hold.
-constexpr double kTiny = 1e-25, kHuge = 1e38;
+// Outside of this range a sum of squares may contain squares that float32 cannot represent.
+constexpr double kMinSquare = 1e-25, kMaxSquare = 1e38;
 
-// Rows of memory of which a block each will be needed soon: they are asked for, a few at a time, during other work.
-struct Ahead {
-  static constexpr int64_t few = kBlock / kChain;
-  const char* at;
-  int64_t rows, stride, block;  // stride and block in bytes
+// Rows of memory of which one block each will be read next. The kernels prefetch some of them per tile.
+struct PrefetchQueue {
+  static constexpr int64_t kRowsPerTile = kBlock / kChain;
+  const char* address;
+  int64_t rows, row_stride, block_bytes;  // row_stride in bytes
 
-  Ahead take_few() {
-    const Ahead taken = *this;
-    at += few * stride;
-    rows -= few;
+  PrefetchQueue take() {
+    const PrefetchQueue taken = *this;
+    address += kRowsPerTile * row_stride;
+    rows -= kRowsPerTile;
     return taken;
   }
 };
 
-// Means to compare rows with: number i of block b of mean k is data[k * stride + b * block + i]; zeros stand behind the
-// last one up to a multiple of kPad. ahead: those that will be needed next, null if they need not be asked for, mean k
-// of them at ahead + k * ahead_stride (bytes) in numbers of ahead_size bytes.
-struct FewMeans {
+// Class vectors for the direct kernels: element i of block b of vector k is data[k * stride + b * block_stride + i],
+// zero-padded to a multiple of kPad. next: the elements needed after these, or null if they need no prefetch; vector k
+// starts at next + k * next_stride (bytes) and has elements of next_size bytes.
+struct DirectMeans {
   const float* data;
-  int64_t count, stride, block;
-  const char* ahead;
-  int64_t ahead_stride, ahead_size;
+  int64_t count, stride, block_stride;
+  const char* next;
+  int64_t next_stride, next_size;
 };
 
-// Some channels (kLanes, twice or four times as many) of a row of cells: those of pixel (r, i) are side by side at
-// x + r * row_stride + i * pixel_stride. Cell j goes from column cuts[j] to cuts[j + 1].
+// A row of cells of a feature map, for a group of channels (1, 2 or 4 times kLanes). The channels of pixel (r, i) are
+// contiguous at x + r * row_stride + i * pixel_stride. Cell j has the columns edges[j] to edges[j + 1].
 struct Strip {
   const void* x;
   DType dtype;
   int64_t channels;
   int64_t pixel_stride, row_stride;
   int64_t rows, cells;
-  const int64_t* cuts;
+  const int64_t* edges;
 };
 
-// Where a cell's sums are gathered, a number per channel; null: nobody wants to know.
+// Accumulators of a cell, one element per channel. Null: not needed.
 struct CellSums {
   double *sum, *squares;
-  float* most;
+  float* max;
 };
 
 struct Kernels {
   const char* name;
-  int64_t panel;  // means that are packed side by side, at most
+  int64_t panel;  // the most class vectors that one panel holds
 
-  // rows[r * kStride + i] = source[r * stride + i] - center[i] for i < n <= kBlock, zeros behind it up to a multiple of
-  // kPad; center may be null (nothing is subtracted). norms[r] += |row|^2, if norms is not null.
+  // rows[r * kScratchStride + i] = source[r * stride + i] - center[i] for i < n <= kBlock, zero-padded to a multiple of
+  // kPad. center may be null: nothing is subtracted. norms[r] += |row|^2, unless norms is null.
   void (*load_block)(const void* source, DType dtype, int64_t stride, const float* center, int64_t row_count, int64_t n,
                      float* rows, double* norms);
 
-  // squares[k * ld + r] += |x_r - mean_k|^2 over n numbers, kRun blocks at most, x as it arrives.
-  void (*add_squares)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const FewMeans& means,
-                      double* squares, int64_t ld);
+  // squares[k * ld + r] += |x_r - mean_k|^2 over n features, at most kDirectBlocks blocks. x in its storage type.
+  void (*add_squares)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n,
+                      const DirectMeans& means, double* squares, int64_t ld);
 
-  // sums[k * ld + r] += x_r . mean_k: the same, of products.
-  void (*add_dots)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const FewMeans& means,
+  // sums[k * ld + r] += x_r . mean_k. Otherwise as add_squares.
+  void (*add_dots)(const void* x, DType dtype, int64_t stride, int64_t row_count, int64_t n, const DirectMeans& means,
                    double* sums, int64_t ld);
 
-  // At most `panel` means, less the center, turned so that number i of all of them stands side by side, in vectors
-  // filled up with zeros. norms[k] += |mean|^2, if norms is not null.
+  // Packs at most `panel` class vectors, less the center, transposed: element i of all of them is contiguous,
+  // zero-padded to whole vector registers. norms[k] += |mean_k|^2, unless norms is null.
   void (*pack_means)(const void* source, DType dtype, int64_t stride, const float* center, int64_t mean_count,
                      int64_t n, float* panel, double* norms);
 
-  // products[r * ld + k] += row_r . mean_k, of rows that load_block has left in scratch and means that pack_means has
-  // packed. Writes whole vectors: ld is a multiple of kLanes. What is ahead is asked for meanwhile: means, then rows.
+  // products[r * ld + k] += row_r . mean_k for rows from load_block and means from pack_means. Writes whole vector
+  // registers: ld is a multiple of kLanes. Prefetches from the queues, next_means first.
   void (*add_products)(const float* rows, int64_t row_count, const float* panel, int64_t mean_count, int64_t n,
-                       double* products, int64_t ld, Ahead& means_ahead, Ahead& rows_ahead);
+                       double* products, int64_t ld, PrefetchQueue& next_means, PrefetchQueue& next_rows);
 
-  // || x - mean ||^2 the long way, which no cancellation can hurt.
+  // || x - mean ||^2 as the sum of squared differences: no cancellation.
   double (*squared_distance)(const void* x, DType x_dtype, const void* mean, DType mean_dtype, int64_t n);
 
-  // With sum[lane] = sum over splits of sums[split * split_stride + lane], the square of a distance is sum[lane], or,
-  // if there are lane norms, lane_norms[lane] + norm - 2 * sum[lane]. out[lane] = sqrt(square) / scale[lane]. Returns
-  // the lanes, a bit each, that are not to be believed: the subtraction has cancelled too much, or float32 was too
-  // narrow for the squares.
+  // out[lane] = sqrt(square) / scale[lane], where sum[lane] is the sum over splits of sums[split * split_stride + lane]
+  // and square is sum[lane] or, with lane_norms, lane_norms[lane] + norm - 2 * sum[lane]. Returns a bit mask of the
+  // lanes whose result is inaccurate: the subtraction cancelled too much, or the squares left the range of float32.
   uint32_t (*distance_lanes)(const double* sums, int64_t splits, int64_t split_stride, const double* lane_norms,
                              double norm, const float* scale, float* out);
 
-  // Penalties z[k * kLanes + lane] (smaller is likelier; +inf: impossible; NaN: spoils the row) become, per lane, the
-  // best penalty and its class (the lowest of equals), sum e and sum e * (best - z) with e = exp(best - z); a lane that
-  // is spoiled or has no finite best gets NaN, and class 0.
+  // Softmax over penalties z[k * kLanes + lane] (smaller is likelier; +inf: impossible; NaN: the row has no answer).
+  // Per lane: the least penalty `best`, its class (the lowest of equals), and the sums of e and of e * (best - z) with
+  // e = exp(best - z). A lane with a NaN, or without a finite best, gets NaN and class 0.
   void (*softmax_lanes)(const float* z, int64_t classes, float* best, int64_t* prediction, float* sum, float* weighted);
 
-  // Adds the pixels of each cell to sums[cell]: their sum, the sum of their squares and their maximum, NaN if there is
-  // a NaN or an infinity among them. No strip has more than kPiece numbers.
+  // Adds the pixels of each cell of a strip to sums[cell]: sum, sum of squares and maximum (NaN if the cell has a NaN
+  // or an infinity). A strip has at most kChunk elements.
   void (*add_cells)(const Strip& strip, const CellSums* sums);
 
-  // to[i * to_stride + c] = source[i * stride + c] for the `channels` of some pixels, and once more, behind them, for
-  // the first `again` ones, over and over if there are less. Writes whole vectors. `to` may be `source`.
-  void (*repeat)(const void* source, DType dtype, int64_t stride, int64_t pixels, int64_t channels, int64_t again,
-                 float* to, int64_t to_stride);
+  // to[i * to_stride + c] = source[i * stride + c] for each pixel i, followed by `padding` channels that start again
+  // from the first one (as often as needed). Writes whole vector registers. `to` may be `source`.
+  void (*pad_circular)(const void* source, DType dtype, int64_t stride, int64_t pixels, int64_t channels,
+                       int64_t padding, float* to, int64_t to_stride);
 
-  // sums[o * channels + c] += x[c + s] * x[c + s + o], with s = kPairShifts - 1 - o % kPairShifts, over the pixels of a
-  // piece, `stride` numbers apart; channels a multiple of kLanes. What follows the last of them is x[behind],
-  // x[behind + 1], ...: `behind` 0 makes a ring of them. Meanwhile asks for as many numbers at `ahead`: those that will
-  // be needed next, or x once more.
-  void (*add_pairs)(const void* x, const void* ahead, DType dtype, int64_t stride, int64_t pixels, int64_t channels,
-                    int64_t behind, int64_t offsets, double* sums);
+  // sums[o * channels + c] += x[c + s] * x[c + s + o] with s = kPairShifts - 1 - o % kPairShifts, summed over the
+  // pixels of a chunk, `stride` elements apart. channels is a multiple of kLanes. The channel after the last one is
+  // x[wrap], then x[wrap + 1], ...; wrap = 0 makes the channels a ring. Prefetches as many elements at `next`.
+  void (*add_pairs)(const void* x, const void* next, DType dtype, int64_t stride, int64_t pixels, int64_t channels,
+                    int64_t wrap, int64_t offsets, double* sums);
 
-  // out[i * channels + j] = sums[i * channels + j] * shares[i], or its root, with its sign; channels as in a strip.
-  void (*average)(const double* sums, const double* shares, int64_t cells, int64_t channels, bool root, float* out);
+  // out[i * channels + j] = sums[i * channels + j] * weights[i]; with root, the square root of its magnitude with its
+  // sign. channels as in Strip.
+  void (*average)(const double* sums, const double* weights, int64_t cells, int64_t channels, bool root, float* out);
 
   // target[j * target_stride + i] = source[i * stride + j] for i < rows, j < columns.
-  void (*turn)(const void* source, DType dtype, int64_t stride, int64_t rows, int64_t columns, float* target,
-               int64_t target_stride);
+  void (*transpose)(const void* source, DType dtype, int64_t stride, int64_t rows, int64_t columns, float* target,
+                    int64_t target_stride);
 };
 
-const Kernels& kernels();  // the table in use, chosen once
+const Kernels& kernels();  // the table in use, chosen on the first call
 
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();

@@ -1,20 +1,21 @@
-// NEON (64-bit Arm): 4 floats a register, 32 registers, so a tile of 12 rows x 2 vectors keeps 24 sums.
+// NEON (64-bit Arm): 4 floats per register, 32 registers. A GEMM tile of 12 rows x 2 vectors keeps 24 sums.
 #include <arm_neon.h>
 
+#include "compiler.h"
 #include "half.h"
 #include "kernels.h"
 
 namespace e2cm {
 namespace {
 
-constexpr int kSquareRows = 4, kSquareSums = 24, kTileRows = 12;
+constexpr int kDirectRows = 4, kDirectSums = 24, kGemmRows = 12;
 
 struct Vec {
   static constexpr int lanes = 4;
   float32x4_t v;
   static Vec zero() { return {vdupq_n_f32(0.f)}; }
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
-  static Vec load_once(const float* p) {
+  static Vec load_to_register(const float* p) {
     Vec a = load(p);
     E2CM_IN_REGISTER(a.v, "w");
     return a;
@@ -44,7 +45,7 @@ struct Vec {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
   }
   template <int first>
-  static Vec join(Vec a, Vec b) {
+  static Vec align(Vec a, Vec b) {
     return {vextq_f32(a.v, b.v, first)};
   }
   static void transpose(Vec (&a)[lanes]) {

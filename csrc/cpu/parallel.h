@@ -1,4 +1,4 @@
-// One loop over independent pieces of work, on as many threads as the caller allows.
+// A parallel loop over independent tasks, on at most as many threads as the caller allows. Without OpenMP: one thread.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace e2cm {
 
-// Starting threads costs some microseconds: no more of them than there is work for. `work` is in multiply-adds.
+// Starting threads costs some microseconds: only as many as the work repays. `work` is in multiply-adds.
 inline int useful_threads(int allowed, int64_t work) {
   const int64_t most = 1 + work / (int64_t{1} << 19);
   const int64_t threads = allowed < most ? allowed : most;

@@ -1,13 +1,14 @@
-// Portable C++: what every machine can run. Four floats side by side, which compilers turn into whatever is there.
+// Portable C++ for any machine: vectors of four floats, which compilers map to whatever the machine has.
 #include <utility>
 
+#include "compiler.h"
 #include "half.h"
 #include "kernels.h"
 
 namespace e2cm {
 namespace {
 
-constexpr int kSquareRows = 2, kSquareSums = 4, kTileRows = 4;
+constexpr int kDirectRows = 2, kDirectSums = 4, kGemmRows = 4;
 
 struct Vec {
   static constexpr int lanes = 4;
@@ -18,7 +19,7 @@ struct Vec {
     return {{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
   }
   static Vec load(const float* p) { return load_as(p); }
-  static Vec load_once(const float* p) { return load_as(p); }
+  static Vec load_to_register(const float* p) { return load_as(p); }
   static void store(float* p, Vec a) {
     for (int i = 0; i < lanes; ++i) p[i] = a.v[i];
   }
@@ -62,7 +63,7 @@ struct Vec {
   }
   static float sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
   template <int first>
-  static Vec join(Vec a, Vec b) {
+  static Vec align(Vec a, Vec b) {
     for (int i = 0; i < lanes; ++i) a.v[i] = first + i < lanes ? a.v[first + i] : b.v[first + i - lanes];
     return a;
   }

@@ -4,11 +4,7 @@
 // them on the CPU. What a GPU has instructions for has a plain twin here.
 #pragma once
 
-#ifdef E2CM_EMULATED
-#include "tests/emulation.h"
-#else
 #include <cuda_runtime.h>
-#endif
 
 #include <cstdint>
 #include <cstring>

@@ -2,7 +2,7 @@
 // workspace (see plan.h). All return what the launch said.
 #pragma once
 
-#include "answers.h"
+#include "epilogue.h"
 #include "plan.h"
 
 namespace e2cm {

@@ -3,11 +3,7 @@
 // launches said; an error of a kernel itself shows at the next synchronisation.
 #pragma once
 
-#ifdef E2CM_EMULATED
-#include "tests/emulation.h"
-#else
 #include <cuda_runtime_api.h>
-#endif
 
 #include <cstdint>
 

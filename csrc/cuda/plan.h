@@ -11,7 +11,7 @@ namespace cuda {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-constexpr int64_t kFewClasses = 32;  // up to here all classes of a row are summed up directly, see few.cu
+constexpr int64_t kFewClasses = 32;  // up to here all classes of a row are summed up directly, see direct.cu
 
 // D in parts of `each` numbers, the last one shorter.
 struct Splits {
@@ -26,13 +26,13 @@ constexpr Splits splits_of(int64_t dim, int64_t step, int64_t most) {
 constexpr int64_t kFewStep = 1024, kFewSplits = 128;
 constexpr int64_t kFewRows = 8;  // that a thread works on at the same time
 constexpr int64_t kManyStep = 512, kManySplits = 32;
-constexpr int64_t kTile = 64;  // rows and classes of a block of many.cu
+constexpr int64_t kTile = 64;  // rows and classes of a block of gemm.cu
 
 constexpr Splits splits_of(int64_t dim, int64_t classes) {
   return classes <= kFewClasses ? splits_of(dim, kFewStep, kFewSplits) : splits_of(dim, kManyStep, kManySplits);
 }
 
-// Rows of a block of few.cu: as many as leave some blocks for each multiprocessor, since means are read once for all of
+// Rows of a block of direct.cu: as many as leave some blocks for each multiprocessor, since means are read once for all of
 // them; a multiple of kFewRows.
 constexpr int64_t few_rows_of(int64_t rows, int64_t splits, int64_t processors) {
   int64_t each = 4 * kFewRows;

@@ -7,7 +7,7 @@
 // cell, is summed up in float32, and stretches in double, in the workspace.
 //
 // Same bits whatever the batch and the memory order: who adds what up depends on the shape of a map and on the grids.
-#include "answers.h"
+#include "epilogue.h"
 #include "plan.h"
 
 namespace e2cm {

@@ -1,9 +1,10 @@
-// The CUDA kernels, run block by block on the CPU (emulation.h): against the equations, and with threads and blocks in
+// The CUDA kernels, run block by block on the CPU (emulation/cuda_runtime.h): against the equations, and with threads and blocks in
 // other orders, in which nothing may change. Memory is exact: what a block reads beyond it ends the process.
+#include <cuda_runtime.h>
+
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "data.h"
-#include "emulation.h"
 
 using namespace e2cm;
 using namespace e2cm::test;

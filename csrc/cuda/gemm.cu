@@ -4,7 +4,7 @@
 // takes a tile of 64 rows x 64 classes and one split of D; while it multiplies 32 columns, the next ones are on their
 // way into registers. A warp has 32 x 32 sums. The products of 32 columns are summed up by the tensor cores, which
 // round towards zero, and these sums in float32; splits are added up in order and in double by a second launch, a warp
-// for each row: one block for a tile of rows, as in few.cu, would read all of its sums alone.
+// for each row: one block for a tile of rows, as in direct.cu, would read all of its sums alone.
 //
 // TF32 has 11 bits, which is not enough: a number is split in two TF32 numbers, high + low, and a product is high *
 // high

@@ -12,7 +12,7 @@
 //
 // With ten classes a float32 feature costs about 22 instructions, of which an H200 can issue 33 in the time it reads
 // one at full speed; 16-bit features arrive twice as fast, and arithmetic is then what is waited for. Products instead
-// of differences would halve it, but cancel: see many.cu.
+// of differences would halve it, but cancel: see gemm.cu.
 #include "kernels.h"
 
 namespace e2cm {

@@ -249,7 +249,7 @@ Value exchange(Value value, unsigned from) {
 
 inline unsigned lane() { return state().current->number % 32; }
 
-// mma.m16n8k8: lanes hold rows, classes and sums as csrc/cuda/many.cu says. The order of the additions is ours.
+// mma.m16n8k8: lanes hold rows, classes and sums as csrc/cuda/gemm.cu says. The order of the additions is ours.
 inline void multiply(float (&sums)[4], const float (&a)[4], const float (&b)[2]) {
   struct Numbers {
     float values[4];
