@@ -1,7 +1,7 @@
 // What the rows of a batch have with each of the classes: distances to their means, or products with their weights.
 #pragma once
 
-#include "../exit_step.h"
+#include "../api.h"
 #include "buffer.h"
 #include "kernels.h"
 #include "panels.h"

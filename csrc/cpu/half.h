@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../exit_step.h"
+#include "../api.h"
 
 // Left alone, a compiler folds a load into each instruction that uses it, and reads memory as often as it is used.
 #if defined(__GNUC__) || defined(__clang__)

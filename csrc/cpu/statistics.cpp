@@ -15,7 +15,7 @@
 #include <limits>
 #include <utility>
 
-#include "../exit_step.h"
+#include "../api.h"
 #include "buffer.h"
 #include "half.h"
 #include "kernels.h"
