@@ -9,9 +9,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "exit_step.h"
+#include "api.h"
+#include "fast_path.h"
 #include "search.h"
-#include "usual_call.h"
 #ifdef E2CM_HAVE_CUDA
 #include "cuda/launch.h"
 #endif
@@ -65,7 +65,7 @@ void pack(Address vectors, int dtype, int64_t classes, int64_t dim, Address cent
   e2cm::pack(rows_at(vectors, dtype, classes, dim, dim), at<const float>(center), at<void>(packed), threads);
 }
 
-uint64_t fingerprint(Address data, int64_t bytes) { return e2cm::fingerprint(at<const void>(data), bytes); }
+uint64_t sampled_hash(Address data, int64_t bytes) { return e2cm::sampled_hash(at<const void>(data), bytes); }
 
 void statistics(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, const Numbers& numbers,
                 Address out, int threads) {
@@ -328,7 +328,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("classes"), py::arg("dim"));
   m.def("pack", &pack, "Means or weights in the form that rows are multiplied with.", py::arg("vectors"),
         py::arg("dtype"), py::arg("classes"), py::arg("dim"), py::arg("center"), py::arg("packed"), py::arg("threads"));
-  m.def("fingerprint", &fingerprint, "If this differs, so does the memory.", py::arg("data"), py::arg("bytes"));
+  m.def("sampled_hash", &sampled_hash, "If this differs, so does the memory.", py::arg("data"), py::arg("bytes"));
   m.def("statistics", &statistics, "Statistics of all rows, float32.", py::arg("x"), py::arg("x_dtype"),
         py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("statistics"), py::arg("out"),
         py::arg("threads"));
@@ -387,7 +387,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         py::arg("source"), py::arg("row_bytes"), py::arg("source_stride"), py::arg("index"), py::arg("counted"),
         py::arg("most"), py::arg("target"), py::arg("place"));
 #endif
-  e2cm::bind_usual_calls(m);
+  e2cm::bind_fast_path(m);
   m.def("build_info", &build_info, "How this module was built, and the instruction set it uses.");
 
   py::class_<ThresholdSearch>(m, "ThresholdSearch", "See csrc/search.h; use e2cm_ext.calibration.")

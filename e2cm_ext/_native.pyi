@@ -21,7 +21,7 @@ def class_distances(
 ) -> None: ...
 def packed_bytes(classes: int, dim: int) -> int: ...
 def pack(vectors: int, dtype: int, classes: int, dim: int, center: int, packed: int, threads: int) -> None: ...
-def fingerprint(data: int, bytes: int) -> int: ...
+def sampled_hash(data: int, bytes: int) -> int: ...
 def statistics(
     x: int,
     x_dtype: int,
@@ -213,10 +213,10 @@ def cuda_gather_rows(
     target: int,
     place: tuple[int, int],
 ) -> None: ...
-def meet_torch(tensor: type, parameter: type, decisions: type, statistics: type) -> bool: ...
+def register_torch_types(tensor: type, parameter: type, decisions: type, statistics: type) -> bool: ...
 
-# By position only. Whatever comes: None if it is not as usual.
-def usual_exit_step(
+# By position only. Whatever comes: None if the fast path does not take it.
+def try_exit_step(
     x: object,
     means: object,
     scale: object,
@@ -231,7 +231,7 @@ def usual_exit_step(
     threads: int,
     /,
 ) -> tuple[Tensor, Tensor] | None: ...
-def usual_linear_step(
+def try_linear_step(
     x: object,
     weight: object,
     bias: object,
@@ -245,7 +245,7 @@ def usual_linear_step(
     threads: int,
     /,
 ) -> tuple[Tensor, Tensor] | None: ...
-def usual_decide(
+def try_decide(
     x: object,
     scores: object,
     threshold: object,

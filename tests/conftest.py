@@ -1,9 +1,9 @@
 """One hypothesis profile for everybody: the same examples in every run, no deadlines on shared machines.
 
 HYPOTHESIS_PROFILE=explore searches with new random examples, and many more of them; brief looks at a few.
-E2CM_CAREFUL=1 shuts the native way of csrc/usual_call.cpp, as if every call were unusual or torch older than 2.10.
-E2CM_EMULATED=1 sends every call through gpu.py to the CUDA kernels, in a module that was built with E2CM_CUDA=EMULATED:
-their blocks run on the CPU, see csrc/tests/emulation/cuda_runtime.h.
+E2CM_NO_FAST_PATH=1 shuts csrc/fast_path.cpp: every call takes the validated path, as with a torch older than 2.10.
+E2CM_EMULATED=1 sends every call through ops/cuda.py to the CUDA kernels, in a module that was built with
+E2CM_CUDA=EMULATED: their blocks run on the CPU, see csrc/tests/emulation/cuda_runtime.h.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-from e2cm_ext import ops
-from e2cm_ext.ops import cuda
+from e2cm_ext import native
+from e2cm_ext.ops import cuda, functional
 
 settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=45, print_blob=False)
-# For all ops once more: at another level of instructions, or with nothing taken for usual.
+# For all ops once more: at another level of instructions, or without the fast path.
 settings.register_profile("again", derandomize=True, deadline=None, database=None, max_examples=20)
 settings.register_profile("brief", derandomize=True, deadline=None, database=None, max_examples=8)
 settings.register_profile("explore", deadline=None, database=None, max_examples=1000)
@@ -28,10 +28,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 # A shell that starts tests in the background lets them ignore Ctrl-C, and they would wait for it for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if os.environ.get("E2CM_CAREFUL") or os.environ.get("E2CM_EMULATED"):
-    ops._usual_exit_step = ops._usual_decide = ops._usual_linear_step = lambda *_: None
+if os.environ.get("E2CM_NO_FAST_PATH") or os.environ.get("E2CM_EMULATED"):
+    functional._try_exit_step = functional._try_decide = functional._try_linear_step = lambda *_: None
 if os.environ.get("E2CM_EMULATED"):
-    assert hasattr(ops._native, "cuda_exit"), "the module was built without E2CM_CUDA=EMULATED"
+    assert hasattr(native, "cuda_exit"), "the module was built without E2CM_CUDA=EMULATED"
     cuda.supports = lambda x: x.is_cpu
     cuda._on = lambda x: contextlib.nullcontext()
     cuda._place = lambda x: (0, 0)

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../exit_step.h"
+#include "../api.h"
 #include "buffer.h"
 #include "kernels.h"
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../exit_step.h"
+#include "../api.h"
 #include "parallel.h"
 
 #ifdef __linux__

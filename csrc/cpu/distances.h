@@ -1,7 +1,7 @@
 // Distances or logits of all pairs of a row of the batch and a class.
 #pragma once
 
-#include "../exit_step.h"
+#include "../api.h"
 #include "buffer.h"
 #include "kernels.h"
 #include "panels.h"

@@ -1,5 +1,5 @@
 // Scores to answers: softmax, rule, who leaves, whose answer goes where. Works on kLanes rows at a time, one per lane.
-#include "../exit_step.h"
+#include "../api.h"
 
 #include <algorithm>
 #include <cmath>

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../exit_step.h"
+#include "../api.h"
 
 namespace e2cm {
 namespace {

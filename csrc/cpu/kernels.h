@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../exit_step.h"
+#include "../api.h"
 
 namespace e2cm {
 

@@ -36,7 +36,7 @@ void pack(const Rows& vectors, const float* center, void* packed, int threads) {
                });
 }
 
-uint64_t fingerprint(const void* data, int64_t bytes) {
+uint64_t sampled_hash(const void* data, int64_t bytes) {
   constexpr int64_t samples = 64, word = sizeof(uint64_t);
   uint64_t hash = 0;
   for (int64_t i = 0; i < samples && bytes >= word; ++i) {

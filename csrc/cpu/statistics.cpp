@@ -22,7 +22,7 @@
 #include <limits>
 #include <utility>
 
-#include "../exit_step.h"
+#include "../api.h"
 #include "buffer.h"
 #include "channel_pairs.h"
 #include "half.h"

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../exit_step.h"
+#include "../api.h"
 
 namespace e2cm {
 namespace cuda {
@@ -25,7 +25,7 @@ struct Finish {
   int64_t* bad_ids;  // set to 1 by an id outside of `out`, whose row is not answered; or null
 };
 
-// What an exit looks at, its head, and what becomes of it; see exit_step.h. Exactly one of the ways to look is set.
+// What an exit looks at, its head, and what becomes of it; see api.h. Exactly one of the ways to look is set.
 struct Exit {
   Rows x;         // if statistics is false
   Pooled pooled;  // if it is true

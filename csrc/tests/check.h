@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "exit_step.h"
+#include "api.h"
 
 #ifndef _WIN32
 #include <sys/wait.h>

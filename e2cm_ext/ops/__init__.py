@@ -1,4 +1,4 @@
-"""The kernels: tensors in, tensors out. See `functional`."""
+"""The kernels as functions of tensors: see `functional`."""
 
 from .functional import (
     ClassScores,

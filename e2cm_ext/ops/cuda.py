@@ -1,9 +1,8 @@
-"""The ops for tensors on an NVIDIA GPU: what ops.py calls after checks.py has looked at the arguments.
+"""The ops for tensors on an NVIDIA GPU: what functional.py calls after validation.py has looked at the arguments.
 
-Everything runs on torch's current stream of the tensor's device. The host waits in one place, `Told`, where it must
-learn how many samples stay; `decide_masked`, scores, distances and statistics never wait and can be captured in a
-CUDA graph.
-Answers are the same bits in every run and whatever batch a sample sits in.
+Everything runs on torch's current stream of the tensor's device. The host waits in one place, `SurvivorCount`, where
+it must learn how many samples stay; `decide_masked`, scores, distances and statistics never wait and can be captured in
+a CUDA graph. Answers are the same bits in every run and whatever batch a sample sits in.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def supports(x: Tensor) -> bool:
     return _BUILT and x.is_cuda
 
 
-class Vectors(NamedTuple):
+class HeadParams(NamedTuple):
     """A head as the kernels see it: class means with their scales, or weights with their biases."""
 
     rows: Tensor  # [classes, dim] in the memory order of what is looked at
@@ -53,14 +52,14 @@ class Departure(NamedTuple):
         )  # fmt: skip
 
 
-def class_distances(look: validation.HeadInput, vectors: Vectors) -> Tensor:
+def class_distances(look: validation.HeadInput, vectors: HeadParams) -> Tensor:
     x = look.features
     out = _empty(x.tensor, x.rows, vectors.classes)
     _run(look, vectors, distances=out)
     return out
 
 
-def scores(look: validation.HeadInput, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
+def scores(look: validation.HeadInput, vectors: HeadParams) -> tuple[Tensor, Tensor, Tensor]:
     x = look.features
     confidence, log_probs = _empty(x.tensor, x.rows), _empty(x.tensor, x.rows, vectors.classes)
     prediction = _integers(x.tensor, x.rows)
@@ -71,7 +70,7 @@ def scores(look: validation.HeadInput, vectors: Vectors) -> tuple[Tensor, Tensor
 def step(
     x: Tensor,
     look: validation.HeadInput,
-    vectors: Vectors,
+    vectors: HeadParams,
     rule: int,
     limit: float,
     exit: int,
@@ -79,7 +78,7 @@ def step(
     out: Decisions,
 ) -> tuple[Tensor, Tensor]:
     rows = look.batch.rows
-    stays, told = _bytes(x, rows), Told(x, rows)
+    stays, told = _bytes(x, rows), SurvivorCount(x, rows)
     _run(look, vectors, answers=out, departure=Departure(rule, limit, exit, ids, stays, told.bad_ids, False))
     return _survivors(x, look.batch, stays, ids, told)
 
@@ -95,7 +94,7 @@ def decide(
     ids: Tensor,
     out: Decisions,
 ) -> tuple[Tensor, Tensor]:
-    stays, told = _bytes(x, f.rows), Told(x, f.rows)
+    stays, told = _bytes(x, f.rows), SurvivorCount(x, f.rows)
     _decide(scores, scale, Departure(rule, limit, exit, ids, stays, told.bad_ids, False), out)
     return _survivors(x, f, stays, ids, told)
 
@@ -106,11 +105,11 @@ def decide_masked(
     rule: int,
     limit: float,
     exit: int,
-    waiting: Tensor,
+    pending: Tensor,
     ids: Tensor,
     out: Decisions,
 ) -> None:
-    _decide(scores, scale, Departure(rule, limit, exit, ids, waiting, 0, True), out)
+    _decide(scores, scale, Departure(rule, limit, exit, ids, pending, 0, True), out)
 
 
 def statistics(look: validation.HeadInput) -> Tensor:
@@ -123,7 +122,7 @@ def statistics(look: validation.HeadInput) -> Tensor:
 
 
 def compact(f: validation.Batch, keep: Tensor) -> tuple[Tensor, Tensor]:
-    told = Told(f.tensor, f.rows)
+    told = SurvivorCount(f.tensor, f.rows)
     index = _kept(keep, None, told)[0]
     survivors = _gathered(f, index, told)
     count = told.count()
@@ -132,7 +131,7 @@ def compact(f: validation.Batch, keep: Tensor) -> tuple[Tensor, Tensor]:
     return survivors, index[:count]
 
 
-class Told:
+class SurvivorCount:
     """How many rows stay, from the device to the host: asked for early, waited for late."""
 
     def __init__(self, x: Tensor, rows: int) -> None:
@@ -168,7 +167,9 @@ def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         return host, event
 
 
-def _survivors(x: Tensor, f: validation.Batch, stays: Tensor, ids: Tensor, told: Told) -> tuple[Tensor, Tensor]:
+def _survivors(
+    x: Tensor, f: validation.Batch, stays: Tensor, ids: Tensor, told: SurvivorCount
+) -> tuple[Tensor, Tensor]:
     """The rows are moved while the host waits to be told how many there are: into room for all, cut afterwards."""
     index, kept_ids = _kept(stays, ids, told)
     survivors = _gathered(f, index, told)
@@ -176,7 +177,7 @@ def _survivors(x: Tensor, f: validation.Batch, stays: Tensor, ids: Tensor, told:
     return (x, ids) if count == f.rows else (survivors[:count], kept_ids[:count])
 
 
-def _kept(stays: Tensor, ids: Tensor | None, told: Told) -> tuple[Tensor, Tensor]:
+def _kept(stays: Tensor, ids: Tensor | None, told: SurvivorCount) -> tuple[Tensor, Tensor]:
     rows = stays.shape[0]
     index, kept_ids = _integers(stays, rows), _integers(stays, 0 if ids is None else rows)
     workspace = _bytes(stays, native.cuda_kept_rows_workspace(rows))
@@ -189,7 +190,7 @@ def _kept(stays: Tensor, ids: Tensor | None, told: Told) -> tuple[Tensor, Tensor
     return index, kept_ids
 
 
-def _gathered(f: validation.Batch, index: Tensor, told: Told) -> Tensor:
+def _gathered(f: validation.Batch, index: Tensor, told: SurvivorCount) -> Tensor:
     """Rows `index` of a batch; those that told.numbers counts, unless that is all of them."""
     x = f.tensor
     if f.channels_last:
@@ -208,7 +209,7 @@ def _gathered(f: validation.Batch, index: Tensor, told: Told) -> Tensor:
 
 def _run(
     look: validation.HeadInput,
-    vectors: Vectors,
+    vectors: HeadParams,
     distances: Tensor | None = None,
     answers: Decisions | None = None,
     departure: Departure | None = None,

@@ -1,6 +1,6 @@
 """The kernels: tensors in, tensors out.
 
-On the CPU and on NVIDIA GPUs (gpu.py) a call goes straight to the compiled module; elsewhere, and in a build without
+On the CPU and on NVIDIA GPUs (cuda.py) a call goes straight to the compiled module; elsewhere, and in a build without
 CUDA, the same functions of `reference` run. Inside torch.compile, torch.export and fake tensors a call becomes an
 operator of the library `e2cm_ext`. Features may be float32, bfloat16 or float16, [B, ...] in NCHW or channels_last
 order; they are not copied. All arithmetic is float32 or wider, and a sample's answer is the same bits whatever the
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from . import cuda, reference, validation
+from . import cuda as gpu
+from . import reference, validation
 from .packing import Packed, pack
 from .types import Decisions, Statistics
 
@@ -34,25 +35,25 @@ __all__ = [
     "class_scores",
     "compact",
     "decide",
+    "decide_masked",
     "exit_step",
     "linear_scores",
     "linear_step",
     "pack",
-    "decide_masked",
     "statistics",
 ]
 
 # Looked up once: an attribute of a module costs as much as looking at a tensor.
-_watched = validation.is_tracing
+_is_tracing = validation.is_tracing
 _threads = torch.get_num_threads
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 # An exit is done in one native call if its arguments are what nearly every call brings: plain tensors on the CPU, in
-# shapes, dtypes and memory orders that fit (csrc/usual_call.cpp). For anything else, and for everything before torch
-# 2.10, these give None, and the way through checks.py is taken: it makes arguments fit or says what is wrong with them.
-native.meet_torch(Tensor, torch.nn.Parameter, Decisions, Statistics)
-_usual_exit_step, _usual_decide = native.usual_exit_step, native.usual_decide
-_usual_linear_step = native.usual_linear_step
+# shapes, dtypes and memory orders that fit (csrc/fast_path.cpp). For anything else, and for everything before torch
+# 2.10, these give None, and the validated path is taken: it makes arguments fit or says what is wrong with them.
+native.register_torch_types(Tensor, torch.nn.Parameter, Decisions, Statistics)
+_try_exit_step, _try_decide = native.try_exit_step, native.try_decide
+_try_linear_step = native.try_linear_step
 
 
 class ClassScores(NamedTuple):
@@ -146,10 +147,8 @@ def exit_step(
     themselves, not copies.
     """
     means, center, panels = _parts(means, center)
-    if not _watched():
-        done = _usual_exit_step(
-            x, means, scale, threshold, ids, out, center, statistics, rule, exit, panels, _threads()
-        )
+    if not _is_tracing():
+        done = _try_exit_step(x, means, scale, threshold, ids, out, center, statistics, rule, exit, panels, _threads())
         if done is not None:
             return done
     if _traced(x, means, scale, ids, center, out=out):
@@ -174,8 +173,8 @@ def linear_step(
 ) -> tuple[Tensor, Tensor]:
     """exit_step of a linear head: see linear_scores, whose confidences these are, bit for bit."""
     weight, panels = _weight(weight)
-    if not _watched():
-        done = _usual_linear_step(x, weight, bias, threshold, ids, out, statistics, rule, exit, panels, _threads())
+    if not _is_tracing():
+        done = _try_linear_step(x, weight, bias, threshold, ids, out, statistics, rule, exit, panels, _threads())
         if done is not None:
             return done
     if _traced(x, weight, bias, ids, out=out):
@@ -202,8 +201,8 @@ def decide(
     `scores` are logits; with `scale` [K] they are distances, and -scores / scale are the logits. A logit of -inf rules
     its class out; a row with a NaN or +inf never leaves.
     """
-    if not _watched():
-        done = _usual_decide(x, scores, threshold, ids, out, scale, rule, exit, _threads())
+    if not _is_tracing():
+        done = _try_decide(x, scores, threshold, ids, out, scale, rule, exit, _threads())
         if done is not None:
             return done
     if _traced(x, scores, ids, scale, out=out):
@@ -217,7 +216,7 @@ def decide(
 def decide_masked(
     scores: Tensor,
     threshold: float,
-    waiting: Tensor,
+    pending: Tensor,
     ids: Tensor,
     out: Decisions,
     *,
@@ -225,15 +224,15 @@ def decide_masked(
     rule: str = "confidence",
     exit: int = 0,
 ) -> None:
-    """decide without moving anybody: `waiting` [B] says who has no answer yet, and is set to false for those who leave.
+    """decide without moving anybody: `pending` [B] says who has no answer yet, and is set to false for those who leave.
 
     Rows that do not wait are passed over. Nobody needs to know how many are left: on a GPU the host does not wait, and
     a CUDA graph can hold the call. Ids that are no row of `out` are trusted not to occur.
     """
-    if _traced(scores, waiting, ids, scale, out=out):
-        _decide_masked_op(scores, threshold, waiting, ids, *out, scale, rule, exit)
+    if _traced(scores, pending, ids, scale, out=out):
+        _decide_masked_op(scores, threshold, pending, ids, *out, scale, rule, exit)
     else:
-        _decide_masked(scores, threshold, waiting, ids, out, scale, rule, exit)
+        _decide_masked(scores, threshold, pending, ids, out, scale, rule, exit)
 
 
 def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +248,7 @@ def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 def _traced(*tensors: Tensor | None, out: Decisions | tuple[()] = ()) -> bool:
     """Is this call to be seen by torch: by a compiler, a dispatch mode, a tensor that is not plain memory?"""
-    if _watched():
+    if _is_tracing():
         return True
     if isinstance(out, tuple):
         tensors += out
@@ -261,8 +260,8 @@ def _traced(*tensors: Tensor | None, out: Decisions | tuple[()] = ()) -> bool:
 def _statistics(x: Tensor, wanted: Statistics) -> Tensor:
     look = validation.resolve_input("wanted", x, wanted)
     f = look.features
-    if cuda.supports(x):
-        return cuda.statistics(look)
+    if gpu.supports(x):
+        return gpu.statistics(look)
     if not x.is_cpu:
         return reference.statistics(x, wanted)
     out = _floats(f.rows, look.dim)
@@ -279,7 +278,7 @@ def _parts(means: Tensor | Packed, center: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _panels(packed: Packed) -> Tensor | None:
-    return None if _watched() else packed.panels
+    return None if _is_tracing() else packed.panels
 
 
 def _weight(weight: Tensor | Packed) -> tuple[Tensor, Tensor | None]:
@@ -295,8 +294,8 @@ def _class_distances(x: Tensor, means: Tensor, center: Tensor | None, panels: Te
     f = look.features
     m, m_dtype, classes = validation.class_vectors("means", look, means)
     center = validation.center(look, center)
-    if cuda.supports(x):
-        return cuda.class_distances(look, cuda.Vectors(m, classes, True, center=center))
+    if gpu.supports(x):
+        return gpu.class_distances(look, gpu.HeadParams(m, classes, True, center=center))
     if not x.is_cpu:
         return reference.class_distances(x, _like(look, means), center).float()
     out = _floats(f.rows, classes)
@@ -320,8 +319,8 @@ def _class_scores(
     m, m_dtype, classes = validation.class_vectors("means", look, means)
     scale = validation.per_class("scale", scale, classes, x)
     center = validation.center(look, center)
-    if cuda.supports(x):
-        return cuda.scores(look, cuda.Vectors(m, classes, True, scale, center))
+    if gpu.supports(x):
+        return gpu.scores(look, gpu.HeadParams(m, classes, True, scale, center))
     if not x.is_cpu:
         return reference.class_scores(x, _like(look, means), scale, center, statistics)
     confidence, prediction, log_probs = _floats(f.rows), _integers(f.rows), _floats(f.rows, classes)
@@ -339,8 +338,8 @@ def _linear_scores(
     f = look.features
     w, w_dtype, classes = validation.class_vectors("weight", look, weight)
     bias = validation.per_class("bias", bias, classes, x)
-    if cuda.supports(x):
-        return cuda.scores(look, cuda.Vectors(w, classes, False, bias))
+    if gpu.supports(x):
+        return gpu.scores(look, gpu.HeadParams(w, classes, False, bias))
     if not x.is_cpu:
         return reference.linear_scores(x, _like(look, weight), bias, statistics)
     confidence, prediction, log_probs = _floats(f.rows), _integers(f.rows), _floats(f.rows, classes)
@@ -372,8 +371,8 @@ def _exit_step(
     center = validation.center(look, center)
     ids = validation.sample_ids(ids, f.rows, x)
     out_rows = validation.decisions(out, classes, x)
-    if cuda.supports(x):
-        return cuda.step(x, look, cuda.Vectors(m, classes, True, scale, center), code, limit, exit, ids, out)
+    if gpu.supports(x):
+        return gpu.step(x, look, gpu.HeadParams(m, classes, True, scale, center), code, limit, exit, ids, out)
     if not x.is_cpu:
         means = _like(look, means)
         return reference.exit_step(x, means, scale, limit, ids, out, center, statistics, rule=rule, exit=exit)
@@ -406,8 +405,8 @@ def _linear_step(
     bias = validation.per_class("bias", bias, classes, x)
     ids = validation.sample_ids(ids, f.rows, x)
     out_rows = validation.decisions(out, classes, x)
-    if cuda.supports(x):
-        return cuda.step(x, look, cuda.Vectors(w, classes, False, bias), code, limit, exit, ids, out)
+    if gpu.supports(x):
+        return gpu.step(x, look, gpu.HeadParams(w, classes, False, bias), code, limit, exit, ids, out)
     if not x.is_cpu:
         weight = _like(look, weight)
         return reference.linear_step(x, weight, bias, limit, ids, out, statistics, rule=rule, exit=exit)
@@ -441,8 +440,8 @@ def _decide(
     limit, code, exit = validation.threshold_value(threshold), validation.rule_code(rule), validation.exit_number(exit)
     ids = validation.sample_ids(ids, f.rows, x)
     out_rows = validation.decisions(out, s.dim, x)
-    if cuda.supports(x):
-        return cuda.decide(x, f, s, scale, code, limit, exit, ids, out)
+    if gpu.supports(x):
+        return gpu.decide(x, f, s, scale, code, limit, exit, ids, out)
     if not x.is_cpu:
         return reference.decide(x, scores, limit, ids, out, scale=scale, rule=rule, exit=exit)
     keep = _integers(f.rows)
@@ -458,7 +457,7 @@ def _decide(
 def _decide_masked(
     scores: Tensor,
     threshold: float,
-    waiting: Tensor,
+    pending: Tensor,
     ids: Tensor,
     out: Decisions,
     scale: Tensor | None,
@@ -468,24 +467,24 @@ def _decide_masked(
     s = validation.features("scores", scores)
     if scores.dim() != 2 or s.dim < 1:
         raise ValueError(f"`scores` has shape {list(scores.shape)}; wanted [batch, classes]")
-    if validation.keep_mask(waiting, s.rows, scores, "waiting") is not waiting:
-        raise ValueError("`waiting` is not contiguous; it is written in place")
+    if validation.keep_mask(pending, s.rows, scores, "pending") is not pending:
+        raise ValueError("`pending` is not contiguous; it is written in place")
     if scale is not None:
         scale = validation.per_class("scale", scale, s.dim, scores)
     limit, code, exit = validation.threshold_value(threshold), validation.rule_code(rule), validation.exit_number(exit)
     ids = validation.sample_ids(ids, s.rows, scores)
     validation.decisions(out, s.dim, scores)
-    if cuda.supports(scores):
-        cuda.decide_masked(s, scale, code, limit, exit, waiting, ids, out)
+    if gpu.supports(scores):
+        gpu.decide_masked(s, scale, code, limit, exit, pending, ids, out)
     else:
-        reference.decide_masked(scores, limit, waiting, ids, out, scale=scale, rule=rule, exit=exit)
+        reference.decide_masked(scores, limit, pending, ids, out, scale=scale, rule=rule, exit=exit)
 
 
 def _compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     f = validation.batch("x", x)
     keep = validation.keep_mask(keep, f.rows, x)
-    if cuda.supports(x):
-        return cuda.compact(f, keep)
+    if gpu.supports(x):
+        return gpu.compact(f, keep)
     if not x.is_cpu:
         return reference.compact(x, keep)
     index = _integers(f.rows)
@@ -702,11 +701,11 @@ def _decide_op(
     return _not_aliased(x, ids, survivors, kept)
 
 
-@torch.library.custom_op("e2cm_ext::decide_masked", mutates_args=("waiting", *_OUT))
+@torch.library.custom_op("e2cm_ext::decide_masked", mutates_args=("pending", *_OUT))
 def _decide_masked_op(
     scores: Tensor,
     threshold: float,
-    waiting: Tensor,
+    pending: Tensor,
     ids: Tensor,
     prediction: Tensor,
     confidence: Tensor,
@@ -717,7 +716,7 @@ def _decide_masked_op(
     exit: int,
 ) -> None:
     out = Decisions(prediction, confidence, exited, log_probs)
-    _decide_masked(scores, threshold, waiting, ids, out, scale, rule, exit)
+    _decide_masked(scores, threshold, pending, ids, out, scale, rule, exit)
 
 
 @_decide_masked_op.register_fake

@@ -79,7 +79,7 @@ def _state(t: Tensor) -> tuple[Any, ...]:
     """What differs once a tensor has been written to, or given other memory."""
     writes = None if t.is_inference() else t._version
     numbers = (
-        native.fingerprint(t.data_ptr(), t.nbytes) if t.is_contiguous() or validation.is_channels_last(t) else None
+        native.sampled_hash(t.data_ptr(), t.nbytes) if t.is_contiguous() or validation.is_channels_last(t) else None
     )
     return writes, t.data_ptr(), t.stride(), numbers
 

@@ -162,7 +162,7 @@ def decide(
 def decide_masked(
     scores: Tensor,
     threshold: float,
-    waiting: Tensor,
+    pending: Tensor,
     ids: Tensor,
     out: Decisions,
     *,
@@ -170,16 +170,16 @@ def decide_masked(
     rule: str = "confidence",
     exit: int = 0,
 ) -> None:
-    """decide among those who are `waiting`, who then no longer are; without a question to the device."""
+    """decide among those who are `pending`, who then no longer are; without a question to the device."""
     log_probs = log_softmax(scores) if scale is None else log_probabilities(_at_least_float32(scores), scale)
-    leaving = leaves(log_probs, threshold, rule) & waiting
+    leaving = leaves(log_probs, threshold, rule) & pending
     confidence, prediction = best(log_probs)
     number = torch.full_like(prediction, exit)
     for column, values in zip(out, (prediction, confidence, number, log_probs), strict=True):
         if column is not None:
             chosen = leaving if values.dim() == 1 else leaving[:, None]
             column[ids] = torch.where(chosen, values.to(column.dtype), column[ids])
-    waiting &= ~leaving
+    pending &= ~leaving
 
 
 def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What the ops take and give: decisions about samples, and statistics of feature maps."""
+"""What the ops take and give beside tensors: `Decisions` and `Statistics`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["Decisions", "Statistics"]
+
+Grid = tuple[int, int]
 
 
 class Decisions(NamedTuple):
@@ -38,9 +40,6 @@ class Decisions(NamedTuple):
             if num_classes is None
             else torch.full((count, num_classes), nan, dtype=torch.float32, device=device),
         )
-
-
-Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .types import Decisions, Statistics
 
 FEATURE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RULES = {"confidence": 0, "entropy": 1}
-# Looked up once: an attribute of a module costs as much as one of these checks.
+# Looked up once: an attribute of a module costs as much as one of these validation.
 _STRIDED, _FLOAT32, _INT64 = torch.strided, torch.float32, torch.int64
 
 

@@ -58,7 +58,7 @@ NOT_HERE = {
     "test_more_than_2_31_elements",
     "test_the_same_bits_with_any_number_of_threads",
     "test_off_the_cpu_there_are_shapes",
-    "test_the_usual_call_and_the_careful_one_agree_on_pairs",
+    "test_the_fast_and_the_validated_path_agree_on_pairs",
     "test_pairs_as_operators_and_compiled",
     "test_lazy_views_of_torch_are_values_like_any_other",
 }
@@ -101,8 +101,8 @@ def on_gpu(op):
                             column.copy_(answered)
         if op.__name__ == "decide_masked":
             both = ((arguments, named), (moved, moved_named))
-            waiting, gone = (a[2] if len(a) > 2 else n["waiting"] for a, n in both)
-            waiting.copy_(gone)
+            pending, gone = (a[2] if len(a) > 2 else n["pending"] for a, n in both)
+            pending.copy_(gone)
         if not isinstance(result, tuple):
             return back(result)
         pairs = list(zip([*arguments, *named.values()], [*moved, *moved_named.values()], strict=True))
@@ -170,13 +170,13 @@ def test_here_a_wrong_id_is_told():
 @pytest.mark.parametrize("rule", ["confidence", "entropy"])
 def test_here_settle_is_the_reference(rule):
     logits = torch.randn(50, 7, generator=generator(0)).to(DEVICE) * 2
-    waiting = torch.arange(50, device=DEVICE) % 3 != 0
+    pending = torch.arange(50, device=DEVICE) % 3 != 0
     ids = torch.randperm(60, generator=generator(1))[:50].to(DEVICE)
-    expected, still = Decisions(*(t.to(DEVICE) for t in sentinels(60, 7))), waiting.clone()
+    expected, still = Decisions(*(t.to(DEVICE) for t in sentinels(60, 7))), pending.clone()
     out = Decisions(*(t.clone() for t in expected))
     reference.decide_masked(logits, 0.9, still, ids, expected, rule=rule, exit=4)
-    ops.decide_masked(logits, 0.9, waiting, ids, out, rule=rule, exit=4)
-    assert torch.equal(waiting, still)
+    ops.decide_masked(logits, 0.9, pending, ids, out, rule=rule, exit=4)
+    assert torch.equal(pending, still)
     assert torch.equal(out.prediction, expected.prediction)
     assert torch.equal(out.exit, expected.exit)
     torch.testing.assert_close(out.log_probs, expected.log_probs)
@@ -204,17 +204,17 @@ def test_here_the_host_does_not_wait():
     x, means, scale, center = heads(10, 300)
     maps = torch.randn(8, 16, 8, 8, device=DEVICE)
     weight, bias = torch.randn(10, RICH.size((16, 8, 8)), device=DEVICE), torch.zeros(10, device=DEVICE)
-    waiting, rows = torch.ones(64, dtype=torch.bool, device=DEVICE), torch.arange(64, device=DEVICE)
+    pending, rows = torch.ones(64, dtype=torch.bool, device=DEVICE), torch.arange(64, device=DEVICE)
     out = Decisions.empty(64, 10, DEVICE)
     torch.cuda.set_sync_debug_mode("error")
     try:
         scores = ops.class_scores(x, means, scale, center)
-        ops.decide_masked(scores.log_probs, 0.5, waiting, rows, out)
+        ops.decide_masked(scores.log_probs, 0.5, pending, rows, out)
         ops.linear_scores(maps, weight, bias, RICH)
         ops.class_distances(x, means)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(waiting, ~(scores.confidence > 0.5))
+    assert torch.equal(pending, ~(scores.confidence > 0.5))
 
 
 @real
@@ -222,18 +222,18 @@ def test_here_a_graph_can_be_captured():
     x, means, scale, center = heads(10, 3000)
     expected = [t.clone() for t in ops.class_scores(x * 2, means, scale, center)]
     graph, y = torch.cuda.CUDAGraph(), x.clone()
-    waiting, rows = torch.ones(64, dtype=torch.bool, device=DEVICE), torch.arange(64, device=DEVICE)
+    pending, rows = torch.ones(64, dtype=torch.bool, device=DEVICE), torch.arange(64, device=DEVICE)
     out = Decisions.empty(64, 10, DEVICE)
     # Kernels are loaded when they first run, which must not be during a capture.
-    ops.decide_masked(expected[2], INF, waiting, rows, out)
+    ops.decide_masked(expected[2], INF, pending, rows, out)
     with torch.cuda.graph(graph):
         scores = ops.class_scores(y, means, scale, center)
-        ops.decide_masked(scores.log_probs, -INF, waiting, rows, out)
+        ops.decide_masked(scores.log_probs, -INF, pending, rows, out)
     y.copy_(x * 2)
     graph.replay()
     for a, b in zip(scores, expected, strict=True):
         assert same_bits(a.cpu(), b.cpu())
-    assert not waiting.any()
+    assert not pending.any()
     with (
         pytest.raises(RuntimeError, match=r"capture ops\.decide_masked instead"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
@@ -284,9 +284,9 @@ def test_here_compiled():
     def step(x):
         out = Decisions.empty(64, 10, DEVICE)
         scores = ops.class_scores(x + 1, means, scale, center)
-        waiting = torch.ones(64, dtype=torch.bool, device=DEVICE)
-        ops.decide_masked(scores.log_probs, 0.3, waiting, torch.arange(64, device=DEVICE), out)
-        return *scores, waiting, *out
+        pending = torch.ones(64, dtype=torch.bool, device=DEVICE)
+        ops.decide_masked(scores.log_probs, 0.3, pending, torch.arange(64, device=DEVICE), out)
+        return *scores, pending, *out
 
     for a, b in zip(torch.compile(step, fullgraph=True)(x), step(x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -1,6 +1,6 @@
-"""The native way of an exit (csrc/usual_call.cpp) and the careful way through checks.py: nobody can tell them apart.
+"""The fast path of an exit (csrc/fast_path.cpp) and the validated path: a caller cannot tell them apart.
 
-That the usual way is taken at all is tested too: it would be missed by nothing else but a clock.
+That the fast path is taken at all is tested too: without it, only the time of a call would change.
 """
 
 import gc
@@ -37,38 +37,39 @@ from test_validation import DIM, ROWS, SPARSE, TAKES, WRONG, WRONG_FEATURES, cal
 from torch.overrides import TorchFunctionMode
 
 from e2cm_ext import Decisions, Statistics, native, ops
+from e2cm_ext.ops import functional
 
 HERE = Path(__file__).parent
 OPS = ("exit_step", "linear_step", "decide")
-NATIVE = {op: f"_usual_{op}" for op in OPS}
-ON = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and not os.environ.get("E2CM_CAREFUL")
-needs_it = pytest.mark.skipif(not ON, reason="torch before 2.10, or told to be careful: there is only one way")
+NATIVE = {op: f"_try_{op}" for op in OPS}
+ON = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and not os.environ.get("E2CM_NO_FAST_PATH")
+needs_it = pytest.mark.skipif(not ON, reason="no fast path: torch before 2.10, or E2CM_NO_FAST_PATH")
 
 
-def unusual(*_):
+def fall_back(*_):
     return None
 
 
 @contextmanager
 def replaced(way):
     """`way`(op, the native function) takes its place."""
-    before = {op: getattr(ops, NATIVE[op]) for op in OPS}
+    before = {op: getattr(functional, NATIVE[op]) for op in OPS}
     for op in OPS:
-        setattr(ops, NATIVE[op], way(op, before[op]))
+        setattr(functional, NATIVE[op], way(op, before[op]))
     try:
         yield
     finally:
         for op in OPS:
-            setattr(ops, NATIVE[op], before[op])
+            setattr(functional, NATIVE[op], before[op])
 
 
-def carefully():
-    return replaced(lambda op, native: unusual)
+def validated():
+    return replaced(lambda op, native: fall_back)
 
 
 @contextmanager
 def spied():
-    """A list that gets, for each call of the native functions, whether it was usual; an error is."""
+    """A list with an entry for each call: whether the fast path took it. An error counts as taken."""
     seen = []
 
     def way(op, native):
@@ -112,19 +113,19 @@ def assert_same_outcome(got, expected):
         assert_same_decisions(got[2], expected[2])
 
 
-def assert_either_way(op, arguments, usual, into_copy=True):
-    """`usual`: is it, None if that does not matter."""
+def assert_either_way(op, arguments, fast, into_copy=True):
+    """`fast`: whether the fast path takes it, None if that does not matter."""
     with spied() as seen:
         got = outcome(op, arguments, into_copy)
-    with carefully():
+    with validated():
         expected = outcome(op, arguments, into_copy)
-    if ON and usual is not None:
-        assert seen == [usual]
+    if ON and fast is not None:
+        assert seen == [fast]
     assert_same_outcome(got, expected)
     return got
 
 
-# ---- what is usual -------------------------------------------------------------------------------
+# ---- what takes the fast path -------------------------------------------------------------------------------
 
 
 def arguments_for(x, means, scale, classes, center=True, log_probs=True, dtype=torch.float32):
@@ -154,7 +155,7 @@ MOVED = ("contiguous", "channels_last", "rows apart", "channels_last rows apart"
 @pytest.mark.parametrize("layout", MOVED)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_a_network_brings_is_usual(op, layout, shape, dtype):
+def test_what_a_network_brings_takes_the_fast_path(op, layout, shape, dtype):
     for rows, classes in ((1, 10), (0, 3), (7, 1), (33, 5), (300, 4)):
         x, means, scale = clusters(rows, shape, classes, dtype, dtype)
         x, means = laid_out(x, layout), laid_out(means, layout.replace("rows apart", ""))
@@ -162,7 +163,7 @@ def test_what_a_network_brings_is_usual(op, layout, shape, dtype):
             a = arguments_for(x, means, scale, classes, center, log_probs, dtype)
             for rule in ("confidence", "entropy"):
                 for threshold in (-INF, 0.5, INF):
-                    assert_either_way(op, a | {"threshold": threshold, "rule": rule}, usual=True)
+                    assert_either_way(op, a | {"threshold": threshold, "rule": rule}, fast=True)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -170,13 +171,13 @@ def test_some_leave_and_some_stay_above(op):
     """The cases above would prove little if everybody left in each of them."""
     x, means, scale = clusters(33, (8, 3, 3), 5)
     x, means = laid_out(x, "channels_last"), laid_out(means, "channels_last")
-    (survivors, _), (ids, _), _ = assert_either_way(op, arguments_for(x, means, scale, 5), usual=True)
+    (survivors, _), (ids, _), _ = assert_either_way(op, arguments_for(x, means, scale, 5), fast=True)
     assert 0 < len(ids) < 33
     assert survivors.is_contiguous(memory_format=torch.channels_last)
 
 
 FLOATING, HEADS = ("x", "means", "scale", "center", "weight", "bias", "scores"), ("means", "weight")
-USUAL = {
+TAKEN = {
     "a parameter": lambda a: a | {name: torch.nn.Parameter(a[name]) for name in FLOATING},
     "a gradient": lambda a: a | {name: a[name].clone().requires_grad_() for name in FLOATING},
     "a view": lambda a: (
@@ -199,14 +200,14 @@ USUAL = {
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("case", USUAL)
+@pytest.mark.parametrize("case", TAKEN)
 @pytest.mark.parametrize("op", OPS)
-def test_usual_cases(op, case, flat):
+def test_cases_of_the_fast_path(op, case, flat):
     if op == "exit_step" and case == "no scale":
         pytest.skip("it needs one")
-    a = USUAL[case](good(flat))
+    a = TAKEN[case](good(flat))
     for threshold in (a["threshold"], -INF, INF):
-        result = assert_either_way(op, a | {"threshold": threshold}, usual=True)
+        result = assert_either_way(op, a | {"threshold": threshold}, fast=True)
         if not result[0][1]:
             assert not result[0][0].requires_grad
 
@@ -216,14 +217,14 @@ def test_usual_cases(op, case, flat):
 def test_modes_of_autograd(op, state):
     with state():
         for threshold in (0.5, -INF):
-            assert_either_way(op, good() | {"threshold": threshold}, usual=True)
+            assert_either_way(op, good() | {"threshold": threshold}, fast=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool, torch.float16])
 def test_decide_moves_anything(dtype):
     a = good()
     a["x"] = (a["x"] * 5).to(dtype)
-    assert_either_way("decide", a, usual=True)
+    assert_either_way("decide", a, fast=True)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -231,7 +232,7 @@ def test_decide_moves_anything(dtype):
 def test_ids_out_of_range(op, bad):
     a = good()
     a["ids"][3] = bad
-    error, says, out = assert_either_way(op, a, usual=True)
+    error, says, out = assert_either_way(op, a, fast=True)
     assert error is IndexError
     assert f"`ids` holds {bad} at place 3" in says
     assert_same_decisions(out, a["out"])
@@ -239,11 +240,11 @@ def test_ids_out_of_range(op, bad):
 
 def test_ids_may_lie_in_out():
     """Aliases are the caller's to avoid; either way does the same with them."""
-    for usual_way in (True, False):
+    for fast_path in (True, False):
         a = good()
         shared = a["out"].prediction[:ROWS]
         shared.copy_(a["ids"])
-        with replaced(lambda op, native, usual_way=usual_way: native if usual_way else unusual):
+        with replaced(lambda op, native, fast_path=fast_path: native if fast_path else fall_back):
             call("exit_step", a | {"ids": shared, "threshold": INF})
         assert torch.equal(shared, torch.arange(ROWS))
 
@@ -270,7 +271,7 @@ def looking(shape, statistics, layout="contiguous", dtype=torch.float32, classes
 @pytest.mark.parametrize("op", ["exit_step", "linear_step"])
 @pytest.mark.parametrize(("shape", "statistics"), LOOKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_are_usual(op, shape, statistics, dtype):
+def test_statistics_take_the_fast_path(op, shape, statistics, dtype):
     for layout in MOVED:
         a = looking(shape, statistics, layout, dtype)
         unreadable = statistics.channels == -1 and "channels_last" in layout and len(shape) == 3
@@ -278,7 +279,7 @@ def test_statistics_are_usual(op, shape, statistics, dtype):
         scores = ops.class_scores if op == "exit_step" else ops.linear_scores
         confidence = scores(a["x"], *head, statistics).confidence
         for threshold in (-INF, float(confidence.median()), INF):
-            (_, _), (ids, _), _ = assert_either_way(op, a | {"threshold": threshold}, usual=not unreadable)
+            (_, _), (ids, _), _ = assert_either_way(op, a | {"threshold": threshold}, fast=not unreadable)
         assert len(ids) == 9
 
 
@@ -291,16 +292,16 @@ def test_heads_that_do_not_fit_their_statistics(op, shape, statistics):
     wrong += [{"x": a["x"][None].expand(9, 1, *a["x"].shape)[:, 0][:, :, None, None, None]}]
     wrong += [{"means": a["means"].reshape(4, size, 1), "weight": a["weight"].reshape(4, size, 1)}]
     for change in wrong:
-        error, _, _ = assert_either_way(op, a | change, usual=False)
+        error, _, _ = assert_either_way(op, a | change, fast=False)
         assert issubclass(error, ValueError)
     for grid in ((30, 1), (1, 30)):  # and nothing else is wrong
         change = {"statistics": Statistics(mean=grid, channels=statistics.channels), "center": None}
         change |= dict.fromkeys(("means", "weight"), torch.zeros(4, 30 * shape[statistics.channels]))
-        error, says, _ = assert_either_way(op, a | change, usual=False)
+        error, says, _ = assert_either_way(op, a | change, fast=False)
         assert "wanted a grid of no more" in says
-    error, _, _ = assert_either_way("exit_step", a | {"center": torch.zeros(size + 1)}, usual=False)
+    error, _, _ = assert_either_way("exit_step", a | {"center": torch.zeros(size + 1)}, fast=False)
     assert issubclass(error, ValueError)
-    assert_either_way(op, a | {"means": apart(a["means"]), "weight": apart(a["weight"])}, usual=False)
+    assert_either_way(op, a | {"means": apart(a["means"]), "weight": apart(a["weight"])}, fast=False)
 
 
 @needs_it
@@ -310,12 +311,12 @@ def test_statistics_of_another_kind():
 
     a = looking((5, 4, 6), Other(mean=(1, 1)))
     for op in ("exit_step", "linear_step"):
-        assert_either_way(op, a, usual=False)
+        assert_either_way(op, a, fast=False)
     a["x"] = a["x"][:0, :0]
     a["means"], a["weight"], a["center"] = torch.zeros(4, 0), torch.zeros(4, 0), None
     a["ids"] = a["ids"][:0]
     for op in ("exit_step", "linear_step"):
-        assert_either_way(op, a | {"statistics": Statistics(mean=(1, 1))}, usual=False)  # no channel
+        assert_either_way(op, a | {"statistics": Statistics(mean=(1, 1))}, fast=False)  # no channel
 
 
 # ---- what is not ---------------------------------------------------------------------------------
@@ -324,13 +325,13 @@ def test_statistics_of_another_kind():
 @needs_it
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("op", OPS)
-def test_wrong_arguments_are_left_to_the_careful_way(op, flat):
+def test_wrong_arguments_are_left_to_the_validated_path(op, flat):
     for argument, bad, error, _ in WRONG + (WRONG_FEATURES if op != "decide" else []):
         if argument not in TAKES[op]:
             continue
         a = good(flat)
         a[argument] = bad(a) if callable(bad) else bad
-        got = assert_either_way(op, a, usual=False, into_copy=argument != "out")
+        got = assert_either_way(op, a, fast=False, into_copy=argument != "out")
         assert got[0] is error
 
 
@@ -340,7 +341,7 @@ def test_wrong_arguments_are_left_to_the_careful_way(op, flat):
 def test_sparse_arguments(op, argument, sparse):
     a = good()
     a[argument] = sparse(a)
-    assert_either_way(op, a, usual=False, into_copy=False)
+    assert_either_way(op, a, fast=False, into_copy=False)
 
 
 class Subclass(torch.Tensor):
@@ -400,7 +401,7 @@ FINE |= {(op, "x", "one more dimension") for op in ("exit_step", "linear_step")}
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("op", OPS)
-def test_every_argument_in_every_unusual_form(op, change, flat):
+def test_every_argument_in_forms_that_fall_back(op, change, flat):
     for name, changed in each_tensor(CHANGES[change]).items():
         argument = name.split(".")[0]
         if argument not in TAKES[op] or (op, name, change) == (
@@ -417,11 +418,11 @@ def test_every_argument_in_every_unusual_form(op, change, flat):
             assert seen == [False]
         elif name.startswith("out.") and change != "None":  # a copy would not be of that form
             before = copy_of(good(flat)["out"])
-            error, _, _ = assert_either_way(op, a, usual=False, into_copy=False)
+            error, _, _ = assert_either_way(op, a, fast=False, into_copy=False)
             assert issubclass(error, Exception)
             assert_same_decisions(a["out"]._replace(**{name[4:]: None}), before._replace(**{name[4:]: None}))
         else:
-            assert_either_way(op, a, usual=None if (op, name, change) in FINE else False)
+            assert_either_way(op, a, fast=None if (op, name, change) in FINE else False)
 
 
 @needs_it
@@ -431,7 +432,7 @@ def test_every_argument_in_every_unusual_form(op, change, flat):
     [1, True, np.float64(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5), NAN, None, "0.5", 1j, [0.5]],
 )
 def test_thresholds(op, threshold):
-    assert_either_way(op, good() | {"threshold": threshold}, usual=False)
+    assert_either_way(op, good() | {"threshold": threshold}, fast=False)
 
 
 class Name(str):
@@ -462,7 +463,7 @@ class FourOfThem(tuple):
     ],
 )
 def test_other_arguments(op, other):
-    assert_either_way(op, good() | other, usual=False)
+    assert_either_way(op, good() | other, fast=False)
 
 
 @needs_it
@@ -498,9 +499,9 @@ def test_memory_orders_that_do_not_agree():
     }
     for name, change in orders.items():
         a = arguments_for(x, means, scale, 4) | change
-        assert_either_way("exit_step", a, usual=False)
+        assert_either_way("exit_step", a, fast=False)
         if name != "center":
-            assert_either_way("linear_step", a | {"weight": a["means"]}, usual=False)
+            assert_either_way("linear_step", a | {"weight": a["means"]}, fast=False)
 
 
 @needs_it
@@ -513,7 +514,7 @@ def test_a_lazy_negative_that_looks_dense():
     a["scores"] = ops.class_distances(x, a["means"])
     middle = float(ops.class_scores(x, a["means"], a["scale"]).confidence.median())
     for op in ("exit_step", "decide"):
-        (survivors, _), (ids, _), _ = assert_either_way(op, a | {"threshold": middle}, usual=False)
+        (survivors, _), (ids, _), _ = assert_either_way(op, a | {"threshold": middle}, fast=False)
         assert 0 < len(ids) < 5
         assert same_bits(survivors, -values.imag[torch.isin(a["ids"], ids)])
 
@@ -536,7 +537,7 @@ def test_any_problem(problem, data):
     }
     a |= {"threshold": data.draw(st.sampled_from([-INF, 0.3, 0.6, 1.0, INF])), "exit": data.draw(seeds)}
     for op in OPS:
-        assert_either_way(op, a, usual=None)
+        assert_either_way(op, a, fast=None)
 
 
 @given(st.data())
@@ -552,7 +553,7 @@ def test_any_mixture(data):
         a[name] = data.draw(st.sampled_from(pool))
     if isinstance(a["x"], torch.Tensor) and a["x"].is_meta:
         return  # reference.py: nothing to compare
-    assert_either_way(op, a, usual=None)
+    assert_either_way(op, a, fast=None)
 
 
 # ---- states of torch -----------------------------------------------------------------------------
@@ -582,7 +583,7 @@ class Strange(TorchFunctionMode):
 
 @pytest.mark.parametrize("op", OPS)
 def test_torch_function_modes(op):
-    with carefully():
+    with validated():
         expected = outcome(op, good())
     with Watching():
         assert_same_outcome(outcome(op, good()), expected)
@@ -620,14 +621,14 @@ def test_functorch(op, transform):
             return type(error), str(error)
 
     got = result()
-    with carefully():
+    with validated():
         assert str(got) == str(result())
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_default_device_and_dtype_do_not_matter(op):
     a = good()
-    with carefully():
+    with validated():
         expected = outcome(op, a)
     torch.set_default_device("meta")
     torch.set_default_dtype(torch.float64)
@@ -637,7 +638,7 @@ def test_default_device_and_dtype_do_not_matter(op):
 
 
 @needs_it
-def test_a_compiled_graph_does_not_take_the_native_way():
+def test_a_compiled_graph_does_not_take_the_fast_path():
     def function(x, means, scale, ids, out):
         x, ids = ops.exit_step(x * 2, means, scale, 0.5, ids, out)
         return x + 1, ids
@@ -739,11 +740,11 @@ def test_a_torch_without_the_exchange_api():
 import torch
 if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     del torch.Tensor.__dlpack_c_exchange_api__
-from e2cm_ext import Decisions, _native, ops
+from e2cm_ext import Decisions, native, ops
 x, means, scale, ids, out = torch.randn(9, 5), torch.randn(3, 5), torch.ones(3), torch.arange(9), Decisions.empty(9, 3)
-assert _native.usual_exit_step(x, means, scale, 0.5, ids, out, None, None, "confidence", 0, None, 1) is None
-assert _native.usual_linear_step(x, means, scale, 0.5, ids, out, None, "confidence", 0, None, 1) is None
-assert _native.usual_decide(x, x[:, :3], 0.5, ids, out, None, "confidence", 0, 1) is None
+assert native.try_exit_step(x, means, scale, 0.5, ids, out, None, None, "confidence", 0, None, 1) is None
+assert native.try_linear_step(x, means, scale, 0.5, ids, out, None, "confidence", 0, None, 1) is None
+assert native.try_decide(x, x[:, :3], 0.5, ids, out, None, "confidence", 0, 1) is None
 survivors, kept = ops.exit_step(x, means, scale, 0.5, ids, out)
 assert torch.equal(survivors, x[kept]) and (out.exit >= 0).sum() == 9 - len(kept)
 assert ops.decide(x, x[:, :3], 2.0, ids, out)[0] is x
@@ -757,7 +758,7 @@ def test_tables_of_other_versions():
     """One of another major version is passed over, also in the chain; a capsule of another name is none."""
     code = """
 import ctypes, torch
-from e2cm_ext import Decisions, Statistics, _native
+from e2cm_ext import Decisions, Statistics, native
 api = ctypes.pythonapi
 api.PyCapsule_GetPointer.restype = ctypes.c_void_p
 api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -773,7 +774,7 @@ class Table(ctypes.Structure):
 def met(capsule):
     class Tensor(torch.Tensor):
         __dlpack_c_exchange_api__ = capsule
-    return _native.meet_torch(Tensor, torch.nn.Parameter, Decisions, Statistics)
+    return native.register_torch_types(Tensor, torch.nn.Parameter, Decisions, Statistics)
 
 table = Table(2, 0, None, *[1] * 5)
 newer = Table(2, 0, real, *[1] * 5)
@@ -793,9 +794,9 @@ assert not met(None) and not met(3)
 
 @pytest.mark.slow
 @needs_it
-def test_all_ops_the_careful_way():
+def test_all_ops_on_the_validated_path():
     files = ["test_ops.py", "test_statistics.py", "test_validation.py", "test_packing.py", "test_fast_path.py"]
-    told = {"E2CM_CAREFUL": "1", "HYPOTHESIS_PROFILE": "again"}
+    told = {"E2CM_NO_FAST_PATH": "1", "HYPOTHESIS_PROFILE": "again"}
     result = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *files, **told)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 400
@@ -803,6 +804,6 @@ def test_all_ops_the_careful_way():
 
 @needs_it
 def test_the_number_of_arguments():
-    for way in (native.usual_exit_step, native.usual_linear_step, native.usual_decide):
+    for way in (native.try_exit_step, native.try_linear_step, native.try_decide):
         with pytest.raises(TypeError, match=r"takes \d+ arguments, not 3"):
             way(1, 2, 3)

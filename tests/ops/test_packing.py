@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.helpers import clusters, generator, sentinels, shuffled_ids
 
-from e2cm_ext import Decisions, Statistics, ops
+from e2cm_ext import Decisions, Statistics, native, ops
 from e2cm_ext.heads import ClassMeans, PooledMeans, WhitenedMeans
 from e2cm_ext.heads.rules import Confidence
 from e2cm_ext.ops.packing import Packed, Packing
@@ -266,13 +266,13 @@ def plain(head, x):
 @pytest.mark.parametrize("make", [ClassMeans, PooledMeans, WhitenedMeans])
 def test_a_head_packs_once_and_again_when_it_has_changed(make, monkeypatch):
     count = []
-    native = ops._native.pack
+    pack_natively = native.pack
 
     def pack(*arguments):
         count.append(1)
-        native(*arguments)
+        pack_natively(*arguments)
 
-    monkeypatch.setattr(ops._native, "pack", pack)
+    monkeypatch.setattr(native, "pack", pack)
     head, x = fitted(make, 1)
     same([head(x)], [plain(head, x)])
     count.clear()

@@ -27,7 +27,7 @@ from support.helpers import (
 )
 
 from e2cm_ext import Statistics, ops
-from e2cm_ext.ops import reference
+from e2cm_ext.ops import functional, reference
 
 RICH = Statistics(mean=(4, 4), rms=(2, 2), max=(2, 2), pairs=4)
 # Of a mean, relative to the mean magnitude of its cell; of a root mean square, to itself; of the square of what a pair
@@ -437,18 +437,18 @@ def test_off_the_cpu_there_are_shapes():
 
 @pytest.mark.parametrize("shape", [(16, 8, 8), (5, 16), (16,)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_usual_call_and_the_careful_one_agree_on_pairs(monkeypatch, shape, layout):
+def test_the_fast_and_the_validated_path_agree_on_pairs(monkeypatch, shape, layout):
     wanted = Statistics(mean=(1, 1), pairs=3, channels=0 if len(shape) == 3 else -1)
     x = laid_out(torch.randn(20, *shape, generator=generator(0)), layout)
     weight, ones = torch.randn(4, wanted.size(shape), generator=generator(1)) / 5, torch.ones(4)
     for kind in ("linear", "means"):
         scores, step = steps(x, (weight, ones), wanted, kind)
         threshold, answers = float(scores.confidence.median()), []
-        for way in ("usual", "careful"):
+        for way in ("fast", "validated"):
             with monkeypatch.context() as patched:
-                if way == "careful":
-                    patched.setattr(ops, "_usual_linear_step", lambda *_: None)
-                    patched.setattr(ops, "_usual_exit_step", lambda *_: None)
+                if way == "validated":
+                    patched.setattr(functional, "_try_linear_step", lambda *_: None)
+                    patched.setattr(functional, "_try_exit_step", lambda *_: None)
                 out = sentinels(20, 4)
                 answers.append((*step(threshold, torch.arange(20), out), *out))
         assert all(same_bits(a, b) for a, b in zip(*answers, strict=True))

@@ -145,7 +145,7 @@ int64_t packed_bytes(int64_t classes, int64_t dim);
 void pack(const Rows& vectors, const float* center, void* packed, int threads);
 
 // A number made of some of the bytes, spread over all of them: if it differs, so do they.
-uint64_t fingerprint(const void* data, int64_t bytes);
+uint64_t sampled_hash(const void* data, int64_t bytes);
 
 // The numbers of the true bytes of mask[rows]; returns their count.
 int64_t kept_rows(const uint8_t* mask, int64_t rows, int64_t* keep);

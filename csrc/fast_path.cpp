@@ -9,14 +9,14 @@
 // is written; then the functions of checks.py take one argument after the other, convert what can be converted and say
 // what is wrong with the rest. So every test here may be too strict, and none may be too lax: what it lets through must
 // be what checks.py would let through unchanged.
-#include "usual_call.h"
+#include "fast_path.h"
 
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <utility>
 
-#include "exit_step.h"
+#include "api.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -160,7 +160,7 @@ struct Batch {
 };
 
 // The statistics that a head looks at, if it does not look at x itself.
-struct Looks {
+struct HeadInput {
   bool at_x = true;
   Pooled pooled{};
   int64_t size = 0;  // of what it looks at
@@ -393,10 +393,10 @@ PyObject* run(const Call& call, const Compute& compute) {
 
 // ---- the functions
 
-PyObject* unusual() { Py_RETURN_NONE; }
+PyObject* fall_back() { Py_RETURN_NONE; }
 
 // Is t a vector of `size` for each of some classes, in the order of what the head looks at?
-bool is_head(const Tensor& t, const Batch& x, const Looks& looks) {
+bool is_head(const Tensor& t, const Batch& x, const HeadInput& looks) {
   if (t.ndim < 2 || t.shape[0] < 1) return false;
   return looks.at_x ? x.is_order_of(t, 1) : looks.size > 0 && is_matrix(t, t.shape[0], looks.size);
 }
@@ -408,18 +408,18 @@ bool is_packed(const Tensor* t, int64_t classes, int64_t dim) {
 
 // kernel(features, keep) for the rows of x, or for their statistics.
 template <class Kernel>
-PyObject* run_head(const Call& call, DType dtype, const Looks& looks, const Kernel& kernel) {
+PyObject* run_head(const Call& call, DType dtype, const HeadInput& looks, const Kernel& kernel) {
   return run(call, [&](int64_t* keep) {
     if (!looks.at_x) return kernel(looks.pooled, keep);
     return kernel(Rows{call.x.data, dtype, call.x.rows, call.x.dim, call.x.stride}, keep);
   });
 }
 
-PyObject* usual_exit_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 12) return PyErr_Format(PyExc_TypeError, "usual_exit_step takes 12 arguments, not %zd", count);
+PyObject* try_exit_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 12) return PyErr_Format(PyExc_TypeError, "try_exit_step takes 12 arguments, not %zd", count);
   Call call;
   PyObject* const out = args[5];
-  if (!torch.exchange || !call.take_rule(args[3], args[8], args[9], args[11]) || !is_out(out)) return unusual();
+  if (!torch.exchange || !call.take_rule(args[3], args[8], args[9], args[11]) || !is_out(out)) return fall_back();
   Argument tensors[] = {{args[0]},
                         {args[1]},
                         {args[2]},
@@ -430,20 +430,20 @@ PyObject* usual_exit_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
                         {PyTuple_GET_ITEM(out, 1)},
                         {PyTuple_GET_ITEM(out, 2)},
                         {PyTuple_GET_ITEM(out, 3), true}};
-  if (!look_at(tensors)) return unusual();
+  if (!look_at(tensors)) return fall_back();
   const Tensor &x = tensors[0].view, &means = tensors[1].view, &scale = tensors[2].view;
   const Tensor *const center = tensors[4].get(), *const packed = tensors[5].get();
   DType dtype, means_dtype;
-  Looks looks;
-  if (!feature_dtype(x, dtype) || !feature_dtype(means, means_dtype) || !call.take_x(args[0], x)) return unusual();
-  if (!looks.take(args[7], call.x, dtype) || !is_head(means, call.x, looks)) return unusual();
+  HeadInput looks;
+  if (!feature_dtype(x, dtype) || !feature_dtype(means, means_dtype) || !call.take_x(args[0], x)) return fall_back();
+  if (!looks.take(args[7], call.x, dtype) || !is_head(means, call.x, looks)) return fall_back();
   const int64_t classes = means.shape[0];
-  if (!is_float32(scale) || !is_vector(scale, classes)) return unusual();
+  if (!is_float32(scale) || !is_vector(scale, classes)) return fall_back();
   if (center &&
       !(is_float32(*center) && (looks.at_x ? call.x.is_order_of(*center, 0) : is_vector(*center, looks.size))))
-    return unusual();
-  if (!is_packed(packed, classes, looks.size) || !call.take_ids(args[4], tensors[3].view)) return unusual();
-  if (!call.take_out(tensors[6].view, tensors[7].view, tensors[8].view, tensors[9].get(), classes)) return unusual();
+    return fall_back();
+  if (!is_packed(packed, classes, looks.size) || !call.take_ids(args[4], tensors[3].view)) return fall_back();
+  if (!call.take_out(tensors[6].view, tensors[7].view, tensors[8].view, tensors[9].get(), classes)) return fall_back();
 
   const ClassMeans head{{means.data, means_dtype, classes, looks.size, looks.size},
                         center ? static_cast<const float*>(center->data) : nullptr,
@@ -454,11 +454,11 @@ PyObject* usual_exit_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-PyObject* usual_linear_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 11) return PyErr_Format(PyExc_TypeError, "usual_linear_step takes 11 arguments, not %zd", count);
+PyObject* try_linear_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 11) return PyErr_Format(PyExc_TypeError, "try_linear_step takes 11 arguments, not %zd", count);
   Call call;
   PyObject* const out = args[5];
-  if (!torch.exchange || !call.take_rule(args[3], args[7], args[8], args[10]) || !is_out(out)) return unusual();
+  if (!torch.exchange || !call.take_rule(args[3], args[7], args[8], args[10]) || !is_out(out)) return fall_back();
   Argument tensors[] = {{args[0]},
                         {args[1]},
                         {args[2]},
@@ -468,17 +468,17 @@ PyObject* usual_linear_step(PyObject*, PyObject* const* args, Py_ssize_t count) 
                         {PyTuple_GET_ITEM(out, 1)},
                         {PyTuple_GET_ITEM(out, 2)},
                         {PyTuple_GET_ITEM(out, 3), true}};
-  if (!look_at(tensors)) return unusual();
+  if (!look_at(tensors)) return fall_back();
   const Tensor &x = tensors[0].view, &weight = tensors[1].view, &bias = tensors[2].view;
   const Tensor* const packed = tensors[4].get();
   DType dtype, weight_dtype;
-  Looks looks;
-  if (!feature_dtype(x, dtype) || !feature_dtype(weight, weight_dtype) || !call.take_x(args[0], x)) return unusual();
-  if (!looks.take(args[6], call.x, dtype) || !is_head(weight, call.x, looks)) return unusual();
+  HeadInput looks;
+  if (!feature_dtype(x, dtype) || !feature_dtype(weight, weight_dtype) || !call.take_x(args[0], x)) return fall_back();
+  if (!looks.take(args[6], call.x, dtype) || !is_head(weight, call.x, looks)) return fall_back();
   const int64_t classes = weight.shape[0];
-  if (!is_float32(bias) || !is_vector(bias, classes)) return unusual();
-  if (!is_packed(packed, classes, looks.size) || !call.take_ids(args[4], tensors[3].view)) return unusual();
-  if (!call.take_out(tensors[5].view, tensors[6].view, tensors[7].view, tensors[8].get(), classes)) return unusual();
+  if (!is_float32(bias) || !is_vector(bias, classes)) return fall_back();
+  if (!is_packed(packed, classes, looks.size) || !call.take_ids(args[4], tensors[3].view)) return fall_back();
+  if (!call.take_out(tensors[5].view, tensors[6].view, tensors[7].view, tensors[8].get(), classes)) return fall_back();
 
   const Linear head{{weight.data, weight_dtype, classes, looks.size, looks.size},
                     static_cast<const float*>(bias.data),
@@ -488,11 +488,11 @@ PyObject* usual_linear_step(PyObject*, PyObject* const* args, Py_ssize_t count) 
   });
 }
 
-PyObject* usual_decide(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 9) return PyErr_Format(PyExc_TypeError, "usual_decide takes 9 arguments, not %zd", count);
+PyObject* try_decide(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 9) return PyErr_Format(PyExc_TypeError, "try_decide takes 9 arguments, not %zd", count);
   Call call;
   PyObject* const out = args[4];
-  if (!torch.exchange || !call.take_rule(args[2], args[6], args[7], args[8]) || !is_out(out)) return unusual();
+  if (!torch.exchange || !call.take_rule(args[2], args[6], args[7], args[8]) || !is_out(out)) return fall_back();
   Argument tensors[] = {{args[0]},
                         {args[1]},
                         {args[3]},
@@ -501,19 +501,20 @@ PyObject* usual_decide(PyObject*, PyObject* const* args, Py_ssize_t count) {
                         {PyTuple_GET_ITEM(out, 1)},
                         {PyTuple_GET_ITEM(out, 2)},
                         {PyTuple_GET_ITEM(out, 3), true}};
-  if (!look_at(tensors)) return unusual();
+  if (!look_at(tensors)) return fall_back();
   const Tensor &x = tensors[0].view, &scores = tensors[1].view;
   const Tensor* const scale = tensors[3].get();
   const bool moves = x.dtype.code == dlpack::kInt || x.dtype.code == dlpack::kUInt || x.dtype.code == dlpack::kFloat ||
                      x.dtype.code == dlpack::kBfloat || x.dtype.code == dlpack::kBool;
-  if (!moves || !call.take_x(args[0], x)) return unusual();  // complex: it might be a lazy conjugate
+  if (!moves || !call.take_x(args[0], x)) return fall_back();  // complex: it might be a lazy conjugate
   DType dtype;
   Batch logits;
   if (!feature_dtype(scores, dtype) || scores.ndim != 2 || !logits.take(scores) || logits.rows != call.x.rows)
-    return unusual();
-  if (scale && !(is_float32(*scale) && is_vector(*scale, logits.dim))) return unusual();
-  if (!call.take_ids(args[3], tensors[2].view)) return unusual();
-  if (!call.take_out(tensors[4].view, tensors[5].view, tensors[6].view, tensors[7].get(), logits.dim)) return unusual();
+    return fall_back();
+  if (scale && !(is_float32(*scale) && is_vector(*scale, logits.dim))) return fall_back();
+  if (!call.take_ids(args[3], tensors[2].view)) return fall_back();
+  if (!call.take_out(tensors[4].view, tensors[5].view, tensors[6].view, tensors[7].get(), logits.dim))
+    return fall_back();
 
   const Rows rows{scores.data, dtype, logits.rows, logits.dim, logits.stride};
   const float* const divisor = scale ? static_cast<const float*>(scale->data) : nullptr;
@@ -521,8 +522,8 @@ PyObject* usual_decide(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // False if this torch cannot show its tensors to C: then every call is unusual.
-bool meet_torch(const py::object& tensor, const py::object& parameter, const py::object& decisions,
-                const py::object& statistics) {
+bool register_torch_types(const py::object& tensor, const py::object& parameter, const py::object& decisions,
+                          const py::object& statistics) {
   const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
   const dlpack::Exchange* exchange = nullptr;
   if (PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsule))
@@ -551,19 +552,20 @@ void add(py::module_& m, const char* name, const char* doc) {
 
 }  // namespace
 
-void bind_usual_calls(py::module_& m) {
-  m.def("meet_torch", &meet_torch, "Whether this torch can show its tensors to C; to be called once.",
-        py::arg("tensor"), py::arg("parameter"), py::arg("decisions"), py::arg("statistics"));
-  add<usual_exit_step>(m, "usual_exit_step",
-                       "(x, means, scale, threshold, ids, out, center, statistics, rule, exit, packed, threads) -> "
-                       "(survivors, ids), or None if an argument is not as usual.");
-  add<usual_linear_step>(
-      m, "usual_linear_step",
+void bind_fast_path(py::module_& m) {
+  m.def("register_torch_types", &register_torch_types,
+        "Whether this torch can show its tensors to C; to be called once.", py::arg("tensor"), py::arg("parameter"),
+        py::arg("decisions"), py::arg("statistics"));
+  add<try_exit_step>(m, "try_exit_step",
+                     "(x, means, scale, threshold, ids, out, center, statistics, rule, exit, packed, threads) -> "
+                     "(survivors, ids), or None if an argument is not as usual.");
+  add<try_linear_step>(
+      m, "try_linear_step",
       "(x, weight, bias, threshold, ids, out, statistics, rule, exit, packed, threads) -> (survivors, ids), "
       "or None if an argument is not as usual.");
-  add<usual_decide>(m, "usual_decide",
-                    "(x, scores, threshold, ids, out, scale, rule, exit, threads) -> (survivors, ids), or None if an "
-                    "argument is not as usual.");
+  add<try_decide>(m, "try_decide",
+                  "(x, scores, threshold, ids, out, scale, rule, exit, threads) -> (survivors, ids), or None if an "
+                  "argument is not as usual.");
 }
 
 }  // namespace e2cm

@@ -5,7 +5,7 @@
 
 namespace e2cm {
 
-// Adds meet_torch, usual_exit_step, usual_linear_step and usual_decide to the module.
-void bind_usual_calls(pybind11::module_& m);
+// Adds register_torch_types, try_exit_step, try_linear_step and try_decide to the module.
+void bind_fast_path(pybind11::module_& m);
 
 }  // namespace e2cm
