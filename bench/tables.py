@@ -23,8 +23,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
-RESNET56 = 'networks.py "cifar10_resnet(56)" cifar10.npz --mean .485 .456 .406 --std .229 .224 .225'
-RESNET20 = RESNET56.replace("56", "20")
+IMAGENET = "--mean .485 .456 .406 --std .229 .224 .225"
+RESNET56 = f'networks.py "cifar10_resnet(56)" cifar10.npz {IMAGENET}'
+RESNET20 = f'networks.py "cifar10_resnet(20)" cifar10.npz {IMAGENET}'
+MICRONET = 'networks.py "cifar100_micronet()" cifar100.npz --mean .5071 .4865 .4409 --std .2673 .2564 .2762'
 EPYC = "AMD EPYC (Zen 4), two virtual cores, shared with other programs"
 
 Result = dict[str, Any]
@@ -37,10 +39,8 @@ COMMANDS = {
     "curves-whitened-resnet56-cifar10-3-exits": f"curves {RESNET56} --head whitened_means --fit 20000 --select 3",
     "curves-whitened-resnet20-cifar10": f"curves {RESNET20} --head whitened_means --fit 45000",
     "curves-resnet56-cifar10-20000": f"curves {RESNET56} --head whitened_means --fit 20000 --time-forward",
-    "curves-micronet-cifar100": 'curves networks.py "cifar100_micronet()" cifar100.npz --head class_means '
-    "--method paper",
-    "curves-whitened-micronet-cifar100": 'curves networks.py "cifar100_micronet()" cifar100.npz --head whitened_means '
-    "--select 5 --skip-train",
+    "curves-micronet-cifar100": f"curves {MICRONET} --head class_means --method paper",
+    "curves-whitened-micronet-cifar100": f"curves {MICRONET} --head whitened_means --select 5 --skip-train",
     "end-to-end-resnet56-cifar10": f"end_to_end {RESNET56} --fit 1000 --selected --rounds 4 --singles 64 --sizes 1 8"
     "  # then --sizes 32 128, and --sizes 256",
     "end-to-end-resnet56-cifar10-compiled": f"end_to_end {RESNET56} --fit 1000 --selected --rounds 4 --singles 64 "
@@ -55,8 +55,8 @@ COMMANDS = {
     "dec-mnist": "dec mnist.npz --seeds 0 1 2 --bfloat16 --threads 1 --time --picture dec-mnist.svg",
     "deploy-resnet56-onnx": f"deploy {RESNET56} --packages packages",
     "deploy-resnet56-onnx-3-exits": f"deploy {RESNET56} --packages packages-3 --count 3",
-    "serving-resnet56-cifar10": "serving cifar10.npz --mean .485 .456 .406 --std .229 .224 .225 --packages packages",
-    "bulk-resnet56-cifar10": "bulk cifar10.npz --mean .485 .456 .406 --std .229 .224 .225 --package packages/0.5.zip",
+    "serving-resnet56-cifar10": f"serving cifar10.npz {IMAGENET} --packages packages",
+    "bulk-resnet56-cifar10": f"bulk cifar10.npz {IMAGENET} --package packages/0.5.zip",
     "methods-resnet56-cifar10": f"methods {RESNET56} --work folder --no-mirror "
     "--methods sdn e2cm joined bwds eenets aep curriculum",
     "methods-resnet56-cifar10-28-exits": f"methods {RESNET56} --work folder --no-mirror --exits blocks "
@@ -127,7 +127,7 @@ def sources(files: Sequence[str], page: Path) -> str:
     for file in files:
         found = read(file)
         facts = [_processor(file, found), f"torch {found['torch']}", found["date"][:10]]
-        lines.append(f"[`{file}.json`]({to_results}/{file}.json) ({', '.join(filter(None, facts))})")
+        lines.append(f"[`{file}.json`]({to_results}/{file}.json) ({', '.join(facts)})")
         commands.append(_command(file, found))
     shown = "\n".join(dict.fromkeys(commands))
     return f"Source: {'; '.join(lines)}.\n\n```bash\n{shown}\n```"
@@ -138,7 +138,7 @@ def _processor(file: str, found: Result) -> str:
     known = found.get("processor") or (machine.get("cpu") if isinstance(machine, dict) else "")
     if known:
         return str(known)
-    return EPYC if file.startswith(MEASURED_ON_EPYC) else ""
+    return EPYC if file.startswith(MEASURED_ON_EPYC) else f"{machine}, {found['build']['isa']}"
 
 
 def _command(file: str, found: Result) -> str:
@@ -269,14 +269,12 @@ METHODS = {
     "e2cm, whitened": "whitened means (ours, the default)",
     "sdn": "SDN, one threshold",
     "sdn, a threshold each": "SDN, a threshold for each exit",
-    "sdn+class, either, class": "SDN joined with class means, either leaves",
-    "sdn+class, either, decision": "SDN joined with class means, either leaves, same decision",
-    "sdn+class, both, class": "SDN joined with class means, both agree on the class",
-    "sdn+class, both, decision": "SDN joined with class means, both want to leave",
-    "sdn+whitened, either, class": "SDN joined with whitened means, either leaves",
-    "sdn+whitened, either, decision": "SDN joined with whitened means, either leaves, same decision",
-    "sdn+whitened, both, class": "SDN joined with whitened means, both agree on the class",
-    "sdn+whitened, both, decision": "SDN joined with whitened means, both want to leave",
+    **{
+        f"sdn+{means}, {leave}, {agree}": f"SDN joined with {means} means, {leave}/{agree}"
+        for means in ("class", "whitened")
+        for leave in ("either", "both")
+        for agree in ("class", "decision")
+    },
     "sdn x class": "SDN times class means (ours)",
     "sdn x whitened": "SDN times whitened means (ours)",
     "sdn, in order: curriculum": "SDN, easy samples first",
