@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from curves import arguments, network, write
+from e2cm_ext.turns import in_turns, ratio
 from torch import Tensor, nn
 
 import e2cm_ext as e2cm
-from e2cm_ext.turns import in_turns, ratio
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Run = Callable[[Tensor], Tensor]

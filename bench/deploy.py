@@ -23,10 +23,10 @@ import numpy as np
 import onnxruntime
 import torch
 from curves import arguments, network, write
+from e2cm_ext.turns import in_turns, ratio
 
 import e2cm_ext as e2cm
 from e2cm_ext.runner import Answers, OnnxCascade
-from e2cm_ext.turns import in_turns, ratio
 
 BASE = "base.zip"
 BUDGETS = (0.25, 0.5, 0.75)

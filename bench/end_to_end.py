@@ -37,13 +37,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from curves import arguments, network, write
+from e2cm_ext.compiled import Compiled
+from e2cm_ext.turns import in_turns, ratio
+from e2cm_ext.whitened import WhitenedMeans
 from map_statistics import by_torch
 from torch import Tensor, nn
 
 import e2cm_ext as e2cm
-from e2cm_ext.compiled import Compiled
-from e2cm_ext.turns import in_turns, ratio
-from e2cm_ext.whitened import WhitenedMeans
 
 BUDGETS = (0.3, 0.5, 0.7)
 SIZES = (1, 8, 32, 128, 256)

@@ -18,10 +18,10 @@ from dataclasses import replace
 import limits
 import torch
 import torch.nn.functional as F
+from e2cm_ext.whitened import statistics_of
 from torch import Tensor
 
 import e2cm_ext as e2cm
-from e2cm_ext.whitened import statistics_of
 
 EXITS = {(16, 32, 32): 10, (32, 16, 16): 9, (64, 8, 8): 9}  # shape of the maps: exits that have them
 ORDERS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 from curves import arguments, network, write
+from e2cm_ext.search import Points, hull, unbeaten
 from torch import Tensor
 
 import e2cm_ext as e2cm
 from e2cm_ext.methods import aep, branchynet, bwds, curriculum, eenets, joined, sdn, training
-from e2cm_ext.search import Points, hull, unbeaten
 
 BUDGETS = (0.15, 0.2, 0.25, 0.3, 0.5, 0.75)
 PARTS = ("held_out", "test")

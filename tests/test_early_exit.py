@@ -49,9 +49,9 @@ from e2cm_ext import (
     Record,
     Rule,
     Stages,
+    checkpoint,
     cut,
 )
-from e2cm_ext import early_exit as module
 from e2cm_ext.calibration import curves
 from e2cm_ext.utils import serialization
 
@@ -1209,7 +1209,7 @@ def test_saving_through_a_link_keeps_the_link(tmp_path):
 
 def test_the_fingerprint_is_of_names_shapes_dtypes_and_values():
     def of(*modules):
-        return module.weights_sha256(Stages(list(modules)).eval())
+        return checkpoint.weights_sha256(Stages(list(modules)).eval())
 
     def linear(value=1.0, dtype=torch.float32, shape=(2, 3)):
         made = nn.Linear(shape[1], shape[0], bias=False)

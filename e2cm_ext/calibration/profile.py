@@ -296,13 +296,13 @@ def fastest(
         assert milliseconds is not None
         limit = milliseconds / 1e3
     off = torch.full((1, record.exits), math.inf, dtype=torch.float32, device="cpu")
-    curves = [
+    found = [
         curves.curve(replace(record, costs=costs), method=method, progress=progress)
         for costs in (record.costs, _nanoseconds(profile, batch_size))
     ]
     best: TimedPoint | None = None
     least = math.inf
-    for limits in torch.cat([off, *(curve.front.thresholds for curve in curves)]):
+    for limits in torch.cat([off, *(curve.front.thresholds for curve in found)]):
         replay = record.replay(limits)
         seconds = profile._expected(replay, limits, batch_size)
         least = min(least, seconds)

@@ -13,7 +13,7 @@ from torch import nn
 
 from e2cm_ext import EarlyExit, Record
 from e2cm_ext.methods import aep, training
-from e2cm_ext.stages import flops
+from e2cm_ext.stages.flops import count_flops
 
 ON = torch.finfo(torch.float32).max  # on, and never fires
 
@@ -177,7 +177,7 @@ def test_parameters_flops_and_latency_fall():
     # stem: 12 * 9 + 12 and 24; block1: 12 * 12 * 9 + 12 and 24; two heads 12 * 10 + 10
     assert counts[0] == 120 + 24 + 1308 + 24 + 2 * 130
     assert counts[0] < counts[1] < counts[2]
-    flops = [flops.count_flops(module, x) for module in (pruned, ee.stages, whole)]
+    flops = [count_flops(module, x) for module in (pruned, ee.stages, whole)]
     assert flops[0] == pytest.approx(ee.costs.fractions[1] * ee.costs.base)
     assert flops[0] < flops[1] < flops[2]
     short, long = seconds(pruned, ee.stages, x)

@@ -206,8 +206,8 @@ def pointwise(count: int = 5) -> Stages:
 
 
 def example_of(cls):
-    """The first indented block of a docstring."""
+    """The code under `Example:` in a docstring."""
     lines = inspect.getdoc(cls).split("\n")
-    start = next(i for i, line in enumerate(lines) if line.startswith("    "))
-    end = next(i for i in range(start, len(lines)) if lines[i] and not lines[i].startswith("    "))
+    start = lines.index("Example:") + 1
+    end = next((i for i in range(start, len(lines)) if lines[i] and not lines[i].startswith("    ")), len(lines))
     return textwrap.dedent("\n".join(lines[start:end]))
