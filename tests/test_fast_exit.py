@@ -416,7 +416,7 @@ def test_set_thresholds():
 def test_records_of_another_network_are_refused():
     record = wrapped().record(loader(), progress=False)
     with pytest.raises(
-        ValueError, match="is of another network, with exits stem, block1, block2; wanted .confidence. and exit1, exit2"
+        ValueError, match=r"is of another network, .* exits stem, block1, block2; wanted .* exit1, exit2"
     ):
         fast_exit.calibrate(fitted(), record, flops=0.9, progress=False)
     with pytest.raises(ValueError, match="is a Net without a FastExit in it"):
