@@ -101,9 +101,9 @@ class FastExitNetwork:
 
         def run(model: nn.Module, sample: Tensor) -> list[int]:
             totals = [0]
-            with counting() as spent:
-                FastExitNetwork(model, "record").walk(sample, lambda j, x: totals.append(spent()), logits=False)
-                return [*totals, spent()]
+            with counting() as flops_so_far:
+                FastExitNetwork(model, "record").walk(sample, lambda j, x: totals.append(flops_so_far()), logits=False)
+                return [*totals, flops_so_far()]
 
         totals = on_meta_device(run, self.model, one_sample(self._example, "images"))
         stages = tuple(after - before for before, after in pairwise(totals))

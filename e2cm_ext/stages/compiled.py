@@ -1,8 +1,8 @@
-"""Stages as torch.compile makes them: each has a graph or two for all batch sizes, and one for a single sample.
+"""Stages through torch.compile: each has one or two graphs for all batch sizes, and one for a single sample.
 
-The network cannot be compiled as a whole, since what runs next is known only when an exit has been asked. So every
-stage is compiled for itself, behind a function of its own: torch keeps what it has compiled with a function's code,
-only so many variants of it, and the stages of a network share theirs. Batches without a sample are run uncompiled.
+The network cannot be compiled as a whole, since which stage runs next is known only after an exit. So every stage is
+compiled on its own, behind a function of its own: torch keeps a limited number of compiled variants per function code,
+which the stages of a network would otherwise share. Empty batches run uncompiled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .partition import Part, Stages
+from .partition import Stages
+from .stage_module import TracedStage
 
 __all__ = ["Compiled", "folded"]
 
@@ -25,9 +26,13 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Compiled:
-    """To be run one after the other, as Stages are. fold, channels_last: of copies; the stages given stay as they are.
+    """Compiled stages, to be run one after the other.
 
-    options: for torch.compile.
+    Args:
+        stages: They stay as they are.
+        fold: Work on a copy in which batch normalisation is folded into convolutions.
+        channels_last: Work on a copy in that memory format.
+        options: Of torch.compile.
     """
 
     def __init__(self, stages: Stages, *, fold: bool, channels_last: bool, options: dict[str, Any]) -> None:
@@ -109,7 +114,7 @@ def _folded(part: nn.Module) -> nn.Module:
 
 
 def _graph_of(part: nn.Module) -> fx.GraphModule:
-    if not isinstance(part, Part):
+    if not isinstance(part, TracedStage):
         return fx.symbolic_trace(part)
     graph = fx.Graph()
     graph.output(part.replay(graph, graph.placeholder("x")))

@@ -1,14 +1,14 @@
-"""What a network costs: floating-point operations per sample, of stages and of heads.
+"""Floating-point operations per sample of stages and of heads.
 
-torch's own FlopCounterMode counts, with multiply-adds as two operations, so that other people's figures can be
-compared: it sees convolutions, matrix products and attention, and nothing else. (Of attention it misses the kernels
-for the CPU; they are added here.) Elementwise operations, activations, normalisation and pooling count as 0. Counting
+torch's FlopCounterMode counts, with a multiply-add as two operations, so that published figures can be compared: it
+sees convolutions, matrix products and attention, and nothing else. (It misses the CPU kernels of attention; they are
+added here.) Elementwise operations, activations, normalisation and pooling count as 0. Counting
 them too (one operation per element for a ReLU or a sum, 2 for batch normalisation, 4 for hard-swish ...) adds 0.5% to
 ResNet-50, 4.3% to MobileNetV3-Large and 6.4% to EfficientNet-B0, and raises the cost of leaving at an exit, as a
-fraction of the whole, by at most .002, .009 and .023. So they are left out, as in the figures that are published.
+fraction of the whole, by at most .002, .009 and .023. So they are left out, as in published figures.
 
 Nothing is computed while counting: a copy of the network on the meta device, where tensors have a shape but no memory,
-takes the sample. Only a network that cannot run there, because it looks at the numbers, say, runs as it is.
+takes the sample. Only a network that cannot run there, because it depends on values, runs as it is.
 """
 
 from __future__ import annotations
@@ -32,23 +32,33 @@ T = TypeVar("T")
 
 
 def count_flops(module: nn.Module, x: Tensor) -> int:
-    """FLOPs (multiply-adds x 2) that `module` spends on one sample of the shape of those in the batch `x`."""
+    """Count the FLOPs (multiply-adds x 2) of a module for one sample of the shape of those in the batch `x`."""
 
     def run(module: nn.Module, sample: Tensor) -> int:
-        with counting() as spent:
+        with counting() as flops_so_far:
             module(sample)
-            return spent()
+            return flops_so_far()
 
     return on_meta_device(run, module, one_sample(x, "x"))
 
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs per sample of every stage and every head; exit j stands behind stage j."""
+    """FLOPs per sample of every stage and every head. Exit j stands behind stage j.
 
-    stages: tuple[int, ...]  # M+1
-    heads: tuple[int, ...]  # M
-    names: tuple[str, ...]  # M, of the exits
+    Attributes:
+        stages: M+1 numbers.
+        heads: M numbers.
+        names: Names of the M exits.
+
+    Example:
+        >>> print(ee.costs)  # a table
+        >>> ee.costs.fractions  # what leaving at each exit costs, as a fraction of the base network
+    """
+
+    stages: tuple[int, ...]
+    heads: tuple[int, ...]
+    names: tuple[str, ...]
 
     def __post_init__(self) -> None:
         exits = len(self.names)
@@ -70,10 +80,10 @@ class Costs:
 
     @property
     def fractions(self) -> Tensor:
-        """[M+1] float64: what a sample has cost when it leaves at exit j, over the base network's cost.
+        """[M+1] float64: cost of a sample that leaves at exit j, as a fraction of the base network's cost.
 
-        All stages up to the exit and all heads up to and including its own count. The last number is that of a sample
-        that never leaves early: all stages and all heads, more than 1.
+        All stages up to the exit and all heads up to and including its own count. The last number is the cost of a
+        sample that never leaves early: all stages and all heads, more than 1.
         """
         spent = accumulate(stage + head for stage, head in zip(self.stages, (*self.heads, 0), strict=True))
         return torch.tensor([total / self.base for total in spent], dtype=torch.float64)
@@ -84,7 +94,7 @@ class Costs:
         return replace(self, heads=tuple(heads))
 
     def numbers(self, exits: Iterable[str | int]) -> list[int]:
-        """Exits that are given by name or number: their numbers, in the order of the network, each once."""
+        """Return the numbers of exits that are given by name or number: in the order of the network, each once."""
         if isinstance(exits, str):
             raise TypeError(f"`exits` is the string {exits!r}; wanted a sequence of names or numbers of exits")
         found = set()
@@ -101,7 +111,7 @@ class Costs:
         return sorted(found)
 
     def at_exits(self, numbers: Sequence[int]) -> Costs:
-        """With these exits only: the stages between them are joined."""
+        """Return the costs with these exits only: the stages between them are joined."""
         bounds = [0, *(j + 1 for j in numbers), len(self.stages)]
         stages = tuple(sum(self.stages[first:end]) for first, end in pairwise(bounds))
         return Costs(stages, tuple(self.heads[j] for j in numbers), tuple(self.names[j] for j in numbers))

@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 
 from .flops import counting, on_meta_device, one_sample
 
-__all__ = ["Call", "CutError", "Network", "answer_of", "trace"]
+__all__ = ["Call", "CutError", "Network", "run_one_sample", "trace"]
 
-WAY_OUT = (
+CUT_BY_HAND = (
     "Way out: make the slices yourself, each a module that takes the tensor that the one before it returns, and pass "
     "e2cm_ext.stages.Stages([first, second, ..., last]) in place of the model"
 )
@@ -34,7 +34,7 @@ class CutError(ValueError):
     """This network cannot be cut, or not there."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"{message}. {WAY_OUT}")
+        super().__init__(f"{message}. {CUT_BY_HAND}")
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class Call:
     name: str  # the same, with "@2" behind it at the second call
     module: nn.Module
     parent: Call | None
-    whole: bool  # a single node: nothing inside is known
+    is_leaf: bool  # a single node: nothing inside is known
     first: int = 0
     last: int = -1
     output: fx.Node | None = None  # if it returns one value
@@ -60,14 +60,14 @@ class Call:
 
 @dataclass(eq=False)
 class Network:
-    """A traced network. Node i of `nodes` has spent[i] FLOPs behind it, per sample."""
+    """A traced network. Node i of `nodes` has cumulative_flops[i] FLOPs up to and including it, per sample."""
 
     root: Root  # holds the model, and the constants that its forward() made
     nodes: list[fx.Node]
     calls: list[Call]
     caller: dict[fx.Node, Call]  # the innermost call that a node belongs to; none: the model's own forward
     opaque: dict[str, str]  # modules that were to be seen through, and why they could not
-    spent: list[int] = field(default_factory=list)
+    cumulative_flops: list[int] = field(default_factory=list)
     batched: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)  # tensors [batch, ...]: shape of a sample
     data: set[fx.Node] = field(default_factory=set)  # tensors, or tuples of them, that the input has gone into
 
@@ -79,15 +79,15 @@ class Network:
         """The module that holds what a node refers to."""
         return self.root.get_submodule(target.rpartition(".")[0])
 
-    def spent_before(self, i: int) -> int:
-        return self.spent[i - 1] if i else 0
+    def flops_before(self, i: int) -> int:
+        return self.cumulative_flops[i - 1] if i else 0
 
     def cost(self, call: Call) -> int:
-        return self.spent[call.last] - self.spent_before(call.first)
+        return self.cumulative_flops[call.last] - self.flops_before(call.first)
 
     def layers(self, call: Call) -> int:
         """How many operations in it cost something."""
-        return sum(self.spent[i] > self.spent_before(i) for i in range(call.first, call.last + 1))
+        return sum(self.cumulative_flops[i] > self.flops_before(i) for i in range(call.first, call.last + 1))
 
 
 def trace(model: nn.Module, x: Tensor) -> Network:
@@ -99,7 +99,7 @@ def trace(model: nn.Module, x: Tensor) -> Network:
         f"the model ({type(model).__name__}) returns no tensor [batch, ...]; wanted logits: if they are a part of what "
         "it returns, wrap it in a module whose forward() returns them alone"
     )
-    with _left_alone(model), torch.no_grad():
+    with _attributes_restored(model), torch.no_grad():
         try:
             graph = tracer.trace(Root(model))
         except NotImplementedError as error:  # by torch.fx, of a kind of object that a graph cannot return
@@ -110,7 +110,7 @@ def trace(model: nn.Module, x: Tensor) -> Network:
     try:
         _measure(network, x)
     except Exception:
-        answer_of(model, one_sample(x))
+        run_one_sample(model, one_sample(x))
         raise
     answer = graph.output_node().args[0]
     if answer not in network.batched:
@@ -118,7 +118,7 @@ def trace(model: nn.Module, x: Tensor) -> Network:
     return network
 
 
-def answer_of(model: nn.Module, x: Tensor) -> Any:
+def run_one_sample(model: nn.Module, x: Tensor) -> Any:
     """To one sample. A ValueError if the model itself fails, and not only what was traced of it."""
     try:
         with torch.no_grad():
@@ -160,7 +160,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m._forward_hooks or m._forward_pre_hooks:
             return True
-        layer = any(base.__module__.startswith("torch.nn.") and base not in _SEEN_THROUGH for base in type(m).__mro__)
+        layer = any(base.__module__.startswith("torch.nn.") and base not in _CONTAINERS for base in type(m).__mro__)
         return (layer or next(m.children(), None) is None) and module_qualified_name != PREFIX
 
     def call_module(
@@ -171,11 +171,11 @@ class _Tracer(fx.Tracer):
         self._inside = call = Call(path.removeprefix(PREFIX).lstrip("."), "", m, around, self.is_leaf_module(m, path))
         result: Any = None
         try:
-            if call.whole and path == PREFIX:
+            if call.is_leaf and path == PREFIX:
                 self.opaque[""] = "it has forward hooks, which must see it called as a whole: remove them first"
-            if not call.whole:
-                result = self._seen_through(call, before, forward, args, kwargs)
-            if call.whole:
+            if not call.is_leaf:
+                result = self._trace_inside(call, before, forward, args, kwargs)
+            if call.is_leaf:
                 result = self.create_proxy("call_module", path, args, kwargs)
         finally:
             self._inside = around
@@ -183,7 +183,7 @@ class _Tracer(fx.Tracer):
         self.calls.append((call, before, self._last()))
         return result
 
-    def _seen_through(
+    def _trace_inside(
         self, call: Call, before: fx.Node, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         calls = len(self.calls)
@@ -191,7 +191,7 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         except Exception as error:  # whatever the network's author's code raises when it meets what is not a tensor
             self.opaque[call.path] = _reason(error)
-            call.whole = True
+            call.is_leaf = True
             del self.calls[calls:]
             self._forget_after(before)
             return None
@@ -229,13 +229,13 @@ class _Tracer(fx.Tracer):
                 times[call.path] = times.get(call.path, 0) + 1
                 call.name = call.path if times[call.path] == 1 else f"{call.path}@{times[call.path]}"
                 calls.append(call)
-        whole = {call.path for call in calls if call.whole}
-        opaque = {path: reason for path, reason in self.opaque.items() if path in whole}
+        leaves = {call.path for call in calls if call.is_leaf}
+        opaque = {path: reason for path, reason in self.opaque.items() if path in leaves}
         assert isinstance(self.root, Root)
         return Network(self.root, nodes, calls, self.caller, opaque)
 
 
-_SEEN_THROUGH = {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict}
+_CONTAINERS = {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict}
 
 
 def _reason(error: Exception) -> str:
@@ -249,7 +249,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
     """Puts back what forward() sets on its modules, or caches there: while tracing these are no tensors."""
     before: list[tuple[Any, Any]] = []
     for module in model.modules():
@@ -271,13 +271,13 @@ def _items(container: Any) -> Iterable[Any]:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-class _Meter(fx.Interpreter):
-    def __init__(self, root: Root, graph: fx.Graph, spent: Callable[[], int]) -> None:
+class _Profiler(fx.Interpreter):
+    def __init__(self, root: Root, graph: fx.Graph, flops_so_far: Callable[[], int]) -> None:
         super().__init__(root, graph=graph)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.data: set[fx.Node] = set()
-        self.spent: list[int] = []
-        self._total = spent
+        self.cumulative_flops: list[int] = []
+        self._total = flops_so_far
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -285,7 +285,7 @@ class _Meter(fx.Interpreter):
             self.shapes[n] = tuple(value.shape)
         if n.op == "placeholder" or (_holds_tensors(value) and not self.data.isdisjoint(n.all_input_nodes)):
             self.data.add(n)
-        self.spent.append(self._total())
+        self.cumulative_flops.append(self._total())
         return value
 
 
@@ -300,16 +300,16 @@ def _measure(network: Network, x: Tensor) -> None:
 
     graph = network.nodes[0].graph
 
-    def run(root: Root, sample: Tensor) -> tuple[_Meter, _Meter]:
-        with counting() as spent:
-            two = _Meter(root, graph, spent)
+    def run(root: Root, sample: Tensor) -> tuple[_Profiler, _Profiler]:
+        with counting() as flops_so_far:
+            two = _Profiler(root, graph, flops_so_far)
             two.run(torch.cat([sample] * 2))
-        three = _Meter(root, graph, lambda: 0)
+        three = _Profiler(root, graph, lambda: 0)
         three.run(torch.cat([sample] * 3))
         return two, three
 
     two, three = on_meta_device(run, network.root, one_sample(x))
-    network.spent = [total // 2 for total in two.spent]
+    network.cumulative_flops = [total // 2 for total in two.cumulative_flops]
     network.data = two.data
     for node, shape in two.shapes.items():
         if shape and shape[0] == 2 and three.shapes.get(node) == (3, *shape[1:]):
