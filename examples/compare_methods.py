@@ -10,7 +10,7 @@ import copy
 import time
 
 import torch
-from _digits import SmallResNet, batches, digits, trained
+from _digits import batches, digits, trained_network
 
 import e2cm_ext as e2cm
 from e2cm_ext.methods import joined, sdn
@@ -19,7 +19,7 @@ EXITS = ["stem", "blocks.0", "blocks.1"]
 BUDGETS = (0.2, 0.3, 0.4, 0.6)
 
 train, held_out, test = digits()
-model = trained(SmallResNet(), *train)
+model = trained_network()  # a small residual network, trained on `train`
 example, loader = train[0][:1], batches(*train)
 
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _digits import SmallResNet, batches, digits, trained
+from _digits import batches, digits, trained_network
 
 import e2cm_ext as e2cm
 from e2cm_ext.runner import OnnxCascade  # needs numpy and onnxruntime only; the file runner.py can be copied
@@ -28,7 +28,7 @@ if not installed("onnx", "onnxscript", "onnxruntime"):
     raise SystemExit("this example needs the extra `onnx`: pip install '.[onnx]'")
 
 train, held_out, test = digits()
-model = trained(SmallResNet(), *train)
+model = trained_network()  # a small residual network, trained on `train`
 ee = e2cm.EarlyExit(model, train[0][:1]).fit(batches(*train), progress=False)
 ee = ee.select(batches(*held_out), count=2, progress=False)  # ship few exits: each costs time and space
 print(f"calibrated: {ee.calibrate(batches(*held_out), flops=0.4, progress=False)}")

@@ -10,7 +10,7 @@ compares the two most probable classes. Everything else (calibration, evaluation
 from dataclasses import dataclass
 
 import torch
-from _digits import SmallResNet, batches, digits, trained
+from _digits import batches, digits, trained_network
 
 import e2cm_ext as e2cm
 from e2cm_ext.heads import all_reduce_sum
@@ -75,7 +75,7 @@ class Margin(e2cm.Rule):
 
 
 train, held_out, test = digits()
-model = trained(SmallResNet(), *train)
+model = trained_network()  # a small residual network, trained on `train`
 ways = {
     "class means (the paper)": {"head": "class_means"},
     "whitened means (default)": {"head": "whitened_means"},

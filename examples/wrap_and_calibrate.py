@@ -11,12 +11,12 @@ import tempfile
 import time
 
 import torch
-from _digits import SmallResNet, batches, digits, trained
+from _digits import batches, digits, trained_network
 
 import e2cm_ext as e2cm
 
 train, held_out, test = digits()
-model = trained(SmallResNet(), *train)
+model = trained_network()  # a small residual network, trained on `train`
 
 # 1. Wrap: EarlyExit traces the network and adds an exit behind every block. The network itself does not change.
 ee = e2cm.EarlyExit(model, example_input=train[0][:1])
