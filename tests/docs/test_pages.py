@@ -28,7 +28,7 @@ from e2cm_ext import cli
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))  # not what they share
 OPTIONAL = {"litserve", "onnx", "onnxruntime", "onnxscript", "prometheus_client", "ray", "timm", "torchvision"}
 NOT_CODE = {"bibtex", "console", "cpp", "json", "text", "toml", "yaml"}  # what cannot be run
 FENCE = re.compile(
@@ -103,6 +103,7 @@ def test_python_blocks_run(page, capsys, tmp_path, monkeypatch):
 def test_examples_run(example, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(example)])
+    monkeypatch.syspath_prepend(example.parent)  # as when Python runs a script
     with skip_without_extras():
         runpy.run_path(str(example), run_name="__main__")
     assert capsys.readouterr().out
