@@ -15,9 +15,9 @@ FAT_BINARY = struct.Struct("<IHHQ")  # magic, version, size of this header, size
 MAGIC = 0xBA55ED50
 PIECE = struct.Struct("<HHIQ12xI")  # kind, version, size of this header, size of what follows; architecture
 KERNELS = (
-    "few_sums|many_products|many_answers|answer_scores|cell_statistics|pair_statistics|kept_rows|count_kept|gather_rows"
+    "direct_sums|gemm_products|gemm_answers|answer_scores|cell_statistics|pair_statistics|kept_rows|count_kept|gather_rows"
 )
-ENDS = ("many_answers", "answer_scores")  # short ones, whose double square roots are calls of a function
+ENDS = ("gemm_answers", "answer_scores")  # short ones, whose double square roots are calls of a function
 KINDS = {1: "ptx", 2: "sm"}
 
 

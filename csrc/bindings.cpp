@@ -173,21 +173,22 @@ using CudaDeparture = std::optional<std::tuple<int, float, int64_t, Address, Add
 // Rows; confidence, prediction, exit, log_probs.
 using CudaAnswers = std::tuple<int64_t, Address, Address, Address, Address>;
 
-e2cm::cuda::Finish finish_at(const CudaAnswers& answers, int64_t classes, const CudaDeparture& departure) {
+e2cm::cuda::Epilogue epilogue_at(const CudaAnswers& answers, int64_t classes, const CudaDeparture& departure) {
   const auto [rows, confidence, prediction, exit, log_probs] = answers;
-  e2cm::cuda::Finish finish{};
-  finish.out = {rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
+  e2cm::cuda::Epilogue epilogue{};
+  epilogue.out = {
+      rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
   if (departure) {
     const auto [rule, threshold, number, ids, stays, bad_ids, marked] = *departure;
-    finish.ids = at<const int64_t>(ids);
-    finish.rule = static_cast<e2cm::Rule>(rule);
-    finish.threshold = threshold;
-    finish.exit_number = number;
-    finish.stays = at<uint8_t>(stays);
-    finish.marked = marked;
-    finish.bad_ids = at<int64_t>(bad_ids);
+    epilogue.ids = at<const int64_t>(ids);
+    epilogue.rule = static_cast<e2cm::Rule>(rule);
+    epilogue.threshold = threshold;
+    epilogue.exit_number = number;
+    epilogue.stays = at<uint8_t>(stays);
+    epilogue.marked = marked;
+    epilogue.bad_ids = at<int64_t>(bad_ids);
   }
-  return finish;
+  return epilogue;
 }
 
 e2cm::cuda::Exit exit_at(const X& x, const Statistics& statistics, Address vectors, int64_t classes, int64_t dim,
@@ -217,7 +218,7 @@ void cuda_exit(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stri
   exit.center = at<const float>(center);
   exit.per_class = at<const float>(per_class);
   exit.distances = at<float>(distances);
-  exit.finish = finish_at(answers, classes, departure);
+  exit.epilogue = epilogue_at(answers, classes, departure);
   check(e2cm::cuda::launch_exit(exit, at<void>(workspace), stream_at(place)), "the exit step");
 }
 
@@ -225,7 +226,7 @@ void cuda_decide(Address scores, int scores_dtype, int64_t rows, int64_t classes
                  const CudaAnswers& answers, const CudaDeparture& departure, const Place& place) {
   py::gil_scoped_release unlocked;
   check(e2cm::cuda::launch_decide(rows_at(scores, scores_dtype, rows, classes, scores_stride), at<const float>(scale),
-                                  finish_at(answers, classes, departure), stream_at(place)),
+                                  epilogue_at(answers, classes, departure), stream_at(place)),
         "decide");
 }
 

@@ -1,7 +1,7 @@
-// A set of samples is a row of bits, so that counting who reaches which exit, all that FLOPs depend on, is `and` and
-// popcount on words: 22,000 of them for 50,000 samples and 28 exits, and fewer if it is a late exit that has moved.
-// Every step of a binary search asks for that. Moving a threshold flips the bits of the samples between the old and the
-// new one, which stand together in sorted order.
+// The threshold search. A set of samples is a row of bits, so the number of samples that reach each exit, from which
+// the FLOPs follow, is `and` and popcount on words: 22,000 words for 50,000 samples and 28 exits, fewer if the
+// threshold that has changed belongs to a late exit. Every step of a binary search needs these counts. Moving a
+// threshold flips the bits of the samples between the old and the new one, which are adjacent in sorted order.
 #include "search.h"
 
 #include <algorithm>
@@ -10,97 +10,39 @@
 #include <limits>
 #include <stdexcept>
 
+#include "bitset.h"
 #include "cpu/parallel.h"
-
-#if defined(__GNUC__) && defined(__x86_64__)
-#define E2CM_POPCNT 1
-#endif
 
 namespace e2cm {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kTolerance = 0.0005;  // a target is met by FLOPs that are lower by no more than half the paper's step
-constexpr int kRounds = 2;             // of whole binary searches, where the alternating ones have missed the target
-constexpr int kSweeps = 50;            // of coordinate ascent, at most
-constexpr int64_t kBlock = 32;         // words that go through all exits together, in registers or the nearest cache
+constexpr double kTolerance = 0.0005;  // a target is met by FLOPs that are lower by at most half the paper's step
+constexpr int kRounds = 2;             // of complete binary searches, if the alternating ones have missed the target
+constexpr int kMaxSweeps = 50;         // of coordinate ascent
 
-#ifdef __GNUC__
-#define E2CM_INLINE inline __attribute__((always_inline))
-E2CM_INLINE int64_t bits_in(uint64_t word) { return __builtin_popcountll(word); }
-#else
-#define E2CM_INLINE inline
-E2CM_INLINE int64_t bits_in(uint64_t word) {
-  word -= word >> 1 & 0x5555555555555555;
-  word = (word & 0x3333333333333333) + (word >> 2 & 0x3333333333333333);
-  return static_cast<int64_t>(((word + (word >> 4)) & 0x0f0f0f0f0f0f0f0f) * 0x0101010101010101 >> 56);
-}
-#endif
-
-// reach[k] = how many of `here`, who reach exit `first`, reach exit k: for every k in first ... exits.
-E2CM_INLINE void count_reach_inline(const uint64_t* here, const uint64_t* fire, int64_t words, int64_t first,
-                                    int64_t exits, int64_t* reach) {
-  std::fill(reach + first, reach + exits + 1, int64_t{0});
-  uint64_t left[kBlock];
-  for (int64_t begin = 0; begin < words; begin += kBlock) {
-    const int64_t n = std::min(kBlock, words - begin);
-    int64_t count = 0;
-    for (int64_t w = 0; w < n; ++w) {
-      left[w] = here[begin + w];
-      count += bits_in(left[w]);
-    }
-    reach[first] += count;
-    for (int64_t k = first; k < exits && count; ++k) {
-      const uint64_t* const leavers = fire + k * words + begin;
-      count = 0;
-      for (int64_t w = 0; w < n; ++w) {
-        left[w] &= ~leavers[w];
-        count += bits_in(left[w]);
-      }
-      reach[k + 1] += count;
-    }
-  }
-}
-
-using CountReach = void (*)(const uint64_t*, const uint64_t*, int64_t, int64_t, int64_t, int64_t*);
-
-void count_reach_anywhere(const uint64_t* here, const uint64_t* fire, int64_t words, int64_t first, int64_t exits,
-                          int64_t* reach) {
-  count_reach_inline(here, fire, words, first, exits, reach);
-}
-
-#ifdef E2CM_POPCNT  // the instruction is younger than x86-64
-__attribute__((target("popcnt"))) void count_reach_popcnt(const uint64_t* here, const uint64_t* fire, int64_t words,
-                                                          int64_t first, int64_t exits, int64_t* reach) {
-  count_reach_inline(here, fire, words, first, exits, reach);
-}
-const CountReach count_reach = __builtin_cpu_supports("popcnt") ? count_reach_popcnt : count_reach_anywhere;
-#else
-const CountReach count_reach = count_reach_anywhere;
-#endif
-
-uint64_t mixed(uint64_t z) {  // the finaliser of splitmix64
+uint64_t mix(uint64_t z) {  // the finaliser of splitmix64
   z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
   z = (z ^ z >> 27) * 0x94d049bb133111eb;
   return z ^ z >> 31;
 }
 
-// One of 0 ... most, from nothing but these numbers.
+// A number from 0 to most, a function of the arguments alone.
 int64_t random_number(uint64_t seed, int64_t target, int64_t exit, int64_t most) {
   constexpr uint64_t kStep = 0x9e3779b97f4a7c15;
-  const uint64_t stream = mixed(seed + kStep * static_cast<uint64_t>(target + 1));
-  const uint64_t bits = mixed(stream + kStep * static_cast<uint64_t>(exit + 1));
+  const uint64_t stream = mix(seed + kStep * static_cast<uint64_t>(target + 1));
+  const uint64_t bits = mix(stream + kStep * static_cast<uint64_t>(exit + 1));
   return static_cast<int64_t>((bits >> 32) * static_cast<uint64_t>(most + 1) >> 32);
 }
 
-// Numbers in the order of the floats they are made from, highest float first.
+// A sort key: keys ascend where the floats descend.
 uint32_t descending(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits >> 31 ? bits : ~bits & 0x7fffffff;
 }
 
-// Halfway from the highest that stays to the lowest that leaves; where no float lies between, the one that stays.
+// Halfway between the highest that stays and the lowest that leaves; if there is no float between, the one that stays.
 float between(float stays, float leaves) {
   const float middle = static_cast<float>(0.5 * (static_cast<double>(stays) + static_cast<double>(leaves)));
   return middle < leaves ? middle : stays;
@@ -129,10 +71,10 @@ ThresholdSearch::ThresholdSearch(const RecordView& record)
 
 void ThresholdSearch::sort(int64_t first, int64_t count, int threads) {
   const int useful = useful_threads(static_cast<int>(std::min<int64_t>(threads, count)), count * rows_ * 64);
-  const std::unique_ptr<uint64_t[]> room(new uint64_t[static_cast<size_t>(useful * rows_)]);
+  const std::unique_ptr<uint64_t[]> key_memory(new uint64_t[static_cast<size_t>(useful * rows_)]);
   parallel_for(count, useful, [&](int64_t piece, int thread) {
     const int64_t exit = first + piece;
-    uint64_t* const keys = room.get() + thread * rows_;
+    uint64_t* const keys = key_memory.get() + thread * rows_;
     int64_t finite = 0;
     for (int64_t i = 0; i < rows_; ++i) {
       const float value = record_.confidence[i * (exits_ + 1) + exit] + 0.f;  // -0 is 0
@@ -154,41 +96,41 @@ void ThresholdSearch::sort(int64_t first, int64_t count, int threads) {
   });
 }
 
-// A threshold vector, who leaves where under it, and what that costs. One per thread.
+// A threshold vector, the samples that leave at each exit under it, and its FLOPs. One per thread.
 class Thresholds {
  public:
   explicit Thresholds(const ThresholdSearch& search)
-      : all_(search),
+      : search_(search),
         words_(search.words_),
         exits_(search.exits_),
-        fire_(static_cast<size_t>(exits_ * words_)),
-        here_(static_cast<size_t>((exits_ + 1) * words_), ~uint64_t{0}),
+        firing_(static_cast<size_t>(exits_ * words_)),
+        reaching_(static_cast<size_t>((exits_ + 1) * words_), ~uint64_t{0}),
         group_(static_cast<size_t>(exits_)),
-        on_(static_cast<size_t>(exits_)),
-        reach_(static_cast<size_t>(exits_ + 1)),
-        spent_(static_cast<size_t>(exits_ + 1)),
+        computed_(static_cast<size_t>(exits_)),
+        reach_count_(static_cast<size_t>(exits_ + 1)),
+        flops_before_(static_cast<size_t>(exits_ + 1)),
         low_(static_cast<size_t>(exits_)),
         high_(static_cast<size_t>(exits_)),
         value_(static_cast<size_t>(search.rows_)) {
-    if (const int64_t rest = all_.rows_ % 64) here_[static_cast<size_t>(words_ - 1)] = (uint64_t{1} << rest) - 1;
+    if (const int64_t rest = search_.rows_ % 64) reaching_[static_cast<size_t>(words_ - 1)] = (uint64_t{1} << rest) - 1;
   }
 
   void search(int64_t number, int64_t targets, uint64_t seed) {
     target_ = static_cast<double>(number) / static_cast<double>(targets);
     start_at_random(number, seed);
     alternate();
-    for (int round = 0; round < kRounds && !met(); ++round)
+    for (int round = 0; round < kRounds && !target_met(); ++round)
       if (!search_each()) break;
   }
 
-  // Coordinate ascent from the vector that has been set: sweeps over the exits, each time giving each the threshold
-  // that is best as the others are now.
+  // Coordinate ascent from the current vector: sweeps over the exits, each of which gets the best threshold for the
+  // current values of the others.
   void ascend(int64_t number, int64_t prices) {
-    price_ = static_cast<double>(number);
-    worth_ = static_cast<double>(prices - number);
-    for (int64_t j = 0; j < exits_; ++j) set(j, group_[static_cast<size_t>(j)]);  // off, where nobody leaves
+    flops_weight_ = static_cast<double>(number);
+    accuracy_weight_ = static_cast<double>(prices - number);
+    for (int64_t j = 0; j < exits_; ++j) set(j, group_[static_cast<size_t>(j)]);  // off if no sample leaves
     bool improved = true;
-    for (int sweep = 0; sweep < kSweeps && improved; ++sweep) {
+    for (int sweep = 0; sweep < kMaxSweeps && improved; ++sweep) {
       for (int64_t j = 0; j < exits_; ++j) advance(j);
       improved = improve_each();
     }
@@ -197,10 +139,10 @@ class Thresholds {
 
   void set_thresholds(const float* thresholds) {
     for (int64_t j = 0; j < exits_; ++j) {
-      const float* const values = all_.value_.get() + j * all_.rows_;
-      const float* const end = values + all_.groups_at(j);
+      const float* const values = search_.value_.get() + j * search_.rows_;
+      const float* const end = values + search_.groups_at(j);
       move(j, std::partition_point(values, end, [&](float value) { return value > thresholds[j]; }) - values);
-      on(j) = thresholds[j] < kInfinity;  // and be it too high for anybody
+      computed(j) = thresholds[j] < kInfinity;  // even if no sample leaves
     }
     evaluate(0);
   }
@@ -208,8 +150,8 @@ class Thresholds {
   void write_thresholds(float* out) const {
     for (int64_t j = 0; j < exits_; ++j) {
       const int64_t g = group_[static_cast<size_t>(j)];
-      const float* const values = all_.value_.get() + j * all_.rows_;
-      out[j] = g == 0 ? kInfinity : g == all_.groups_at(j) ? -kInfinity : between(values[g], values[g - 1]);
+      const float* const values = search_.value_.get() + j * search_.rows_;
+      out[j] = g == 0 ? kInfinity : g == search_.groups_at(j) ? -kInfinity : between(values[g], values[g - 1]);
     }
   }
 
@@ -219,10 +161,10 @@ class Thresholds {
     int64_t right = 0;
     for (int64_t j = 0; j < exits_; ++j) {
       advance(j);
-      for (int64_t w = 0; w < words_; ++w) right += bits_in(here(j)[w] & fire(j)[w] & correct(j)[w]);
+      for (int64_t w = 0; w < words_; ++w) right += popcount(reaching(j)[w] & firing(j)[w] & correct(j)[w]);
     }
-    for (int64_t w = 0; w < words_; ++w) right += bits_in(here(exits_)[w] & correct(exits_)[w]);
-    return static_cast<double>(right) / static_cast<double>(all_.rows_);
+    for (int64_t w = 0; w < words_; ++w) right += popcount(reaching(exits_)[w] & correct(exits_)[w]);
+    return static_cast<double>(right) / static_cast<double>(search_.rows_);
   }
 
  private:
@@ -230,23 +172,23 @@ class Thresholds {
 
   void start_at_random(int64_t number, uint64_t seed) {
     for (int64_t j = 0; j < exits_; ++j) {
-      const uint32_t* const begin = all_.begin_.get() + j * (all_.rows_ + 1);
-      const uint32_t* const end = begin + all_.groups_at(j) + 1;
-      const int64_t leavers = random_number(seed, number, j, end[-1]);
-      set(j, std::upper_bound(begin, end, static_cast<uint32_t>(leavers)) - begin - 1);
+      const uint32_t* const begin = search_.begin_.get() + j * (search_.rows_ + 1);
+      const uint32_t* const end = begin + search_.groups_at(j) + 1;
+      const int64_t leaving = random_number(seed, number, j, end[-1]);
+      set(j, std::upper_bound(begin, end, static_cast<uint32_t>(leaving)) - begin - 1);
     }
     evaluate(0);
   }
 
-  // A binary search at every exit, all at the same time: one step of the first, one of the second, and so on, each in
-  // the direction that the FLOPs of the whole vector ask for, until the target is met or no exit has anywhere to go.
+  // A binary search at every exit, interleaved: one step at the first exit, one at the second, and so on. The FLOPs of
+  // the whole vector give the direction of each step. Ends when the target is met or no exit can move.
   void alternate() {
     std::fill(low_.begin(), low_.end(), int64_t{0});
-    high_ = all_.groups_;
+    high_ = search_.groups_;
     for (bool moved = true; moved;) {
       moved = false;
       for (int64_t j = 0; j < exits_; ++j) {
-        if (met()) return;
+        if (target_met()) return;
         int64_t &l = low_[static_cast<size_t>(j)], &h = high_[static_cast<size_t>(j)];
         const int64_t g = group_[static_cast<size_t>(j)];
         if (flops_ > target_ ? g < h : g > l) {
@@ -260,10 +202,10 @@ class Thresholds {
     }
   }
 
-  // One exit after the other, its binary search done to the end. Returns whether anything has changed.
+  // A complete binary search at one exit after the other. Returns whether a threshold has changed.
   bool search_each() {
     bool changed = false;
-    for (int64_t j = 0; j < exits_ && !met(); ++j) {
+    for (int64_t j = 0; j < exits_ && !target_met(); ++j) {
       const int64_t before = group_[static_cast<size_t>(j)];
       search_one(j);
       changed = changed || group_[static_cast<size_t>(j)] != before;
@@ -272,13 +214,13 @@ class Thresholds {
     return changed;
   }
 
-  // The highest FLOPs within the target that this exit can bring about, or the lowest there are.
+  // Sets this exit to the highest FLOPs within the target, or if there are none, to the lowest.
   void search_one(int64_t j) {
     const auto flops_at = [&](int64_t g) {
       set(j, g);
       return evaluate(j);
     };
-    int64_t low = 1, high = all_.groups_at(j);
+    int64_t low = 1, high = search_.groups_at(j);
     if (high == 0) return;
     if (flops_at(high) > target_) low = high;
     while (low < high) {
@@ -288,49 +230,52 @@ class Thresholds {
       else
         low = middle + 1;
     }
-    // Within the target more is better, beyond it less.
+    // Within the target higher is better, beyond it lower.
     const auto score = [&](double flops) { return flops <= target_ ? flops : -flops; };
     const double with = score(flops_at(low));
     const bool off = score(flops_at(0)) >= with;
     if (!off) flops_at(low);
   }
 
-  bool met() const { return flops_ <= target_ && flops_ >= target_ - kTolerance; }
+  bool target_met() const { return flops_ <= target_ && flops_ >= target_ - kTolerance; }
 
   // ---- coordinate ascent
 
-  // From the last exit to the first: what becomes of those who go on depends on later exits only, who arrives depends
-  // on earlier ones only, and these have not moved since here() was made. Returns whether any has.
+  // From the last exit to the first: the value of a sample that stays depends on later exits only. The samples that
+  // reach an exit depend on earlier exits only, which have not moved since reaching() was computed. Returns whether a
+  // threshold has changed.
   bool improve_each() {
     bool moved = false;
-    for (int64_t i = 0; i < all_.rows_; ++i) value_[static_cast<size_t>(i)] = worth_ * bit(correct(exits_), i);
+    for (int64_t i = 0; i < search_.rows_; ++i)
+      value_[static_cast<size_t>(i)] = accuracy_weight_ * bit(correct(exits_), i);
     for (int64_t j = exits_ - 1; j >= 0; --j) {
-      const double next = price_ * weight(j + 1) / all_.base_;
+      const double next = flops_weight_ * weight(j + 1) / search_.base_;
       for (double& value : value_) value -= next;
       const int64_t g = best_group(j);
       moved = moved || g != group_[static_cast<size_t>(j)];
       set(j, g);
-      const uint32_t* const order = all_.order_.get() + j * all_.rows_;
-      const uint32_t leavers = all_.begin_[static_cast<size_t>(j * (all_.rows_ + 1) + g)];
-      for (uint32_t p = 0; p < leavers; ++p) value_[order[p]] = worth_ * bit(correct(j), order[p]);
+      const uint32_t* const order = search_.order_.get() + j * search_.rows_;
+      const uint32_t leaving = search_.begin_[static_cast<size_t>(j * (search_.rows_ + 1) + g)];
+      for (uint32_t p = 0; p < leaving; ++p) value_[order[p]] = accuracy_weight_ * bit(correct(j), order[p]);
     }
     return moved;
   }
 
-  // With value_[i] for every sample that goes on.
+  // The best number of groups, given value_[i] of every sample that stays.
   int64_t best_group(int64_t j) {
-    const uint32_t* const begin = all_.begin_.get() + j * (all_.rows_ + 1);
-    const uint32_t* const order = all_.order_.get() + j * all_.rows_;
-    const uint64_t *const arrived = here(j), *const right = correct(j);
+    const uint32_t* const begin = search_.begin_.get() + j * (search_.rows_ + 1);
+    const uint32_t* const order = search_.order_.get() + j * search_.rows_;
+    const uint64_t *const arrived = reaching(j), *const right = correct(j);
     int64_t arrivals = 0;
-    for (int64_t w = 0; w < words_; ++w) arrivals += bits_in(arrived[w]);
-    // Against an exit that is off: first what its head costs, then what each group brings by leaving.
-    double gain = -price_ * all_.head_[static_cast<size_t>(j)] / all_.base_ * static_cast<double>(arrivals);
+    for (int64_t w = 0; w < words_; ++w) arrivals += popcount(arrived[w]);
+    // Relative to an exit that is off: minus the cost of its head, plus what each group gains by leaving.
+    double gain =
+        -flops_weight_ * search_.head_[static_cast<size_t>(j)] / search_.base_ * static_cast<double>(arrivals);
     double most = 0;
     int64_t best = 0;
-    for (int64_t g = 1; g <= all_.groups_at(j); ++g) {
+    for (int64_t g = 1; g <= search_.groups_at(j); ++g) {
       for (uint32_t p = begin[g - 1]; p < begin[g]; ++p)
-        gain += bit(arrived, order[p]) * (worth_ * bit(right, order[p]) - value_[order[p]]);
+        gain += bit(arrived, order[p]) * (accuracy_weight_ * bit(right, order[p]) - value_[order[p]]);
       if (gain > most) {
         most = gain;
         best = g;
@@ -343,60 +288,61 @@ class Thresholds {
 
   // ---- the state
 
-  uint64_t* fire(int64_t j) { return fire_.data() + j * words_; }
-  uint64_t* here(int64_t j) { return here_.data() + j * words_; }
-  const uint64_t* correct(int64_t j) const { return all_.correct_.data() + j * words_; }
-  uint8_t& on(int64_t j) { return on_[static_cast<size_t>(j)]; }
+  uint64_t* firing(int64_t j) { return firing_.data() + j * words_; }
+  uint64_t* reaching(int64_t j) { return reaching_.data() + j * words_; }
+  const uint64_t* correct(int64_t j) const { return search_.correct_.data() + j * words_; }
+  uint8_t& computed(int64_t j) { return computed_[static_cast<size_t>(j)]; }
 
   void set(int64_t j, int64_t g) {
     move(j, g);
-    on(j) = g > 0;
+    computed(j) = g > 0;
   }
 
   void move(int64_t j, int64_t g) {
     int64_t& now = group_[static_cast<size_t>(j)];
-    const uint32_t* const begin = all_.begin_.get() + j * (all_.rows_ + 1);
-    const uint32_t* const order = all_.order_.get() + j * all_.rows_;
-    uint64_t* const bits = fire(j);
+    const uint32_t* const begin = search_.begin_.get() + j * (search_.rows_ + 1);
+    const uint32_t* const order = search_.order_.get() + j * search_.rows_;
+    uint64_t* const bits = firing(j);
     const uint32_t end = begin[std::max(now, g)];
     for (uint32_t p = begin[std::min(now, g)]; p < end; ++p) bits[order[p] / 64] ^= uint64_t{1} << (order[p] % 64);
     now = g;
   }
 
-  // FLOPs of the whole vector. here(j) and spent(j) must be up to date: they depend on the exits before j only.
+  // FLOPs of the whole vector. reaching(j) and flops_before_[j] must be current; they depend on the exits before j.
   double evaluate(int64_t j) {
-    count_reach(here(j), fire_.data(), words_, j, exits_, reach_.data());
-    double sum = spent_[static_cast<size_t>(j)];
+    count_reach(reaching(j), firing_.data(), words_, j, exits_, reach_count_.data());
+    double sum = flops_before_[static_cast<size_t>(j)];
     for (int64_t k = j; k <= exits_; ++k) sum += cost(k);
-    return flops_ = sum / all_.base_;
+    return flops_ = sum / search_.base_;
   }
 
   void advance(int64_t j) {
-    for (int64_t w = 0; w < words_; ++w) here(j + 1)[w] = here(j)[w] & ~fire(j)[w];
-    spent_[static_cast<size_t>(j + 1)] = spent_[static_cast<size_t>(j)] + cost(j);
+    for (int64_t w = 0; w < words_; ++w) reaching(j + 1)[w] = reaching(j)[w] & ~firing(j)[w];
+    flops_before_[static_cast<size_t>(j + 1)] = flops_before_[static_cast<size_t>(j)] + cost(j);
   }
 
-  // What stage k, and the exit behind it if it is on, cost per sample of the record; weight: of those who get there.
+  // FLOPs of stage k and of the head after it (if computed): per sample of the record, and (weight) per sample that
+  // reaches the stage.
   double cost(int64_t k) const {
-    return static_cast<double>(reach_[static_cast<size_t>(k)]) / static_cast<double>(all_.rows_) * weight(k);
+    return static_cast<double>(reach_count_[static_cast<size_t>(k)]) / static_cast<double>(search_.rows_) * weight(k);
   }
 
   double weight(int64_t k) const {
     const size_t i = static_cast<size_t>(k);
-    return k < exits_ && on_[i] ? all_.stage_[i] + all_.head_[i] : all_.stage_[i];
+    return k < exits_ && computed_[i] ? search_.stage_[i] + search_.head_[i] : search_.stage_[i];
   }
 
-  const ThresholdSearch& all_;
+  const ThresholdSearch& search_;
   const int64_t words_, exits_;
-  std::vector<uint64_t> fire_;  // [exits, words]: whose confidence is above the threshold
-  std::vector<uint64_t> here_;  // [exits + 1, words]: who reaches the exit
-  std::vector<int64_t> group_;  // [exits]: the thresholds
-  std::vector<uint8_t> on_;     // [exits]: is the head computed?
-  std::vector<int64_t> reach_;  // [exits + 1]: how many reach the exit
-  std::vector<double> spent_;   // [exits + 1]: FLOPs before stage j, per sample
-  std::vector<int64_t> low_, high_;
-  std::vector<double> value_;  // [rows]: in coordinate ascent, what a sample is worth if it goes on
-  double target_ = 0, flops_ = 0, price_ = 0, worth_ = 0;
+  std::vector<uint64_t> firing_;      // [exits, words]: samples with a confidence above the threshold
+  std::vector<uint64_t> reaching_;    // [exits + 1, words]: samples that reach the exit
+  std::vector<int64_t> group_;        // [exits]: the thresholds, as numbers of groups
+  std::vector<uint8_t> computed_;     // [exits]: whether the head is computed
+  std::vector<int64_t> reach_count_;  // [exits + 1]: number of samples that reach the exit
+  std::vector<double> flops_before_;  // [exits + 1]: FLOPs before stage j, per sample
+  std::vector<int64_t> low_, high_;   // [exits]: bounds of the binary searches
+  std::vector<double> value_;         // [rows]: the value of a sample that stays, in coordinate ascent
+  double target_ = 0, flops_ = 0, flops_weight_ = 0, accuracy_weight_ = 0;
 };
 
 namespace {

@@ -1,4 +1,4 @@
-# Finds a CUDA compiler that works and checks the architectures. Turns E2CM_CUDA from AUTO into ON or OFF.
+# Finds a working CUDA compiler and checks the architectures. Sets E2CM_CUDA from AUTO to ON or OFF.
 
 macro(e2cm_no_cuda reason)
   if(E2CM_CUDA STREQUAL "AUTO")
@@ -11,14 +11,14 @@ endmacro()
 
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER AND E2CM_CUDA STREQUAL "AUTO" AND NOT DEFINED ENV{CUDACXX})
-  set(E2CM_CUDA OFF) # none at all: nothing to warn of
+  set(E2CM_CUDA OFF) # no nvcc: nothing to warn about
 elseif(NOT CMAKE_CUDA_COMPILER)
   e2cm_no_cuda("nvcc ($ENV{CUDACXX}) cannot compile a program. Often it does not know so new a C++ compiler: name an \
 older one in CUDAHOSTCXX.")
 endif()
 
 if(E2CM_CUDA)
-  # 75, 80 and 90 run as they are, everything newer through the PTX of 90: what both CUDA 12 and CUDA 13 can build.
+  # Machine code for 75, 80 and 90, and the PTX of 90 for newer GPUs: what both CUDA 12 and CUDA 13 can build.
   if(E2CM_CUDA_ARCHS STREQUAL "")
     set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90)
   else()

@@ -11,14 +11,14 @@ constexpr int kThreads = 128, kWarps = kThreads / kWarp;
 struct Decision {
   Rows scores;
   const float* scale;
-  Finish finish;
+  Epilogue epilogue;
 };
 
 __global__ void __launch_bounds__(kThreads) answer_scores(const Decision d) {
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (row >= d.scores.rows) return;
   const char* const scores = row_of(d.scores, row);
-  answer(d.finish, row, [&](int64_t k) {
+  write_answer(d.epilogue, row, [&](int64_t k) {
     const float score = load_one(scores, d.scores.dtype, k);
     return !d.scale ? -score : usable(d.scale[k]) ? score / d.scale[k] : kInfinity;
   });
@@ -54,14 +54,14 @@ cudaError_t launch_exit(const Exit& exit, void* memory, cudaStream_t stream) {
   const Workspace workspace = workspace_of(exit);
   const auto at = [&](int64_t offset) { return static_cast<void*>(static_cast<char*>(memory) + offset); };
   const auto floats = [&](int64_t offset) { return static_cast<float*>(at(offset)); };
-  const Scores scores{exit.squares, exit.per_class, exit.distances};
+  const ScoreParams scores{exit.squares, exit.per_class, exit.distances};
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   for (int64_t first = 0; first < rows_of(exit) && error == cudaSuccess; first += workspace.rows) {
     const int64_t count = std::min(workspace.rows, rows_of(exit) - first);
-    Finish finish = exit.finish;
-    finish.first = first;
+    Epilogue epilogue = exit.epilogue;
+    epilogue.first = first;
     Rows x;
     if (exit.statistics) {
       x = {at(workspace.features), DType::f32, count, exit.vectors.dim, exit.vectors.dim};
@@ -71,19 +71,19 @@ cudaError_t launch_exit(const Exit& exit, void* memory, cudaStream_t stream) {
     } else {
       x = some(exit.x, first, count);
     }
-    error = exit.vectors.rows <= kFewClasses
-                ? launch_few(x, exit.vectors, scores, finish, floats(workspace.sums),
-                             static_cast<unsigned*>(at(workspace.counters)), processors, stream)
-                : launch_many(x, exit.vectors, exit.center, scores, finish, floats(workspace.sums),
+    error = exit.vectors.rows <= kMaxDirectClasses
+                ? launch_direct(x, exit.vectors, scores, epilogue, floats(workspace.sums),
+                                static_cast<unsigned*>(at(workspace.counters)), processors, stream)
+                : launch_gemm(x, exit.vectors, exit.center, scores, epilogue, floats(workspace.sums),
                               floats(workspace.row_norms), floats(workspace.class_norms), stream);
   }
   return error;
 }
 
-cudaError_t launch_decide(const Rows& scores, const float* scale, const Finish& finish, cudaStream_t stream) {
+cudaError_t launch_decide(const Rows& scores, const float* scale, const Epilogue& epilogue, cudaStream_t stream) {
   if (scores.rows <= 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(ceil_div(scores.rows, kWarps)));
-  return launch(answer_scores, grid, dim3(kThreads), 0, stream, Decision{scores, scale, finish});
+  return launch(answer_scores, grid, dim3(kThreads), 0, stream, Decision{scores, scale, epilogue});
 }
 
 }  // namespace cuda

@@ -13,7 +13,7 @@ namespace e2cm {
 namespace cuda {
 
 // What becomes of the rows of a batch, or of a part of one whose row 0 is row `first` of the batch.
-struct Finish {
+struct Epilogue {
   int64_t first;
   Answers out;
   const int64_t* ids;  // where the answers go; null: row by row
@@ -35,7 +35,7 @@ struct Exit {
   bool squares;            // distances to class means, else logits
   const float* per_class;  // scales or biases; null if distances alone are wanted
   float* distances;        // [rows, classes], and nothing else is done; or null
-  Finish finish;           // finish.first is 0
+  Epilogue epilogue;       // epilogue.first is 0
 };
 
 int64_t exit_workspace(const Exit& exit);  // bytes
@@ -46,7 +46,7 @@ cudaError_t launch_statistics(const Maps& maps, const Statistics& wanted, float*
                               cudaStream_t stream);
 
 // exit_step for scores that some other head has made: logits if `scale` is null, else distances to be divided by it.
-cudaError_t launch_decide(const Rows& scores, const float* scale, const Finish& finish, cudaStream_t stream);
+cudaError_t launch_decide(const Rows& scores, const float* scale, const Epilogue& epilogue, cudaStream_t stream);
 
 // keep: the numbers of the true bytes of mask[rows]; kept_ids: ids[keep], if there are ids; count: how many.
 int64_t kept_rows_workspace(int64_t rows);

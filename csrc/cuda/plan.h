@@ -11,7 +11,7 @@ namespace cuda {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-constexpr int64_t kFewClasses = 32;  // up to here all classes of a row are summed up directly, see direct.cu
+constexpr int64_t kMaxDirectClasses = 32;  // up to here all classes of a row are summed up directly, see direct.cu
 
 // D in parts of `each` numbers, the last one shorter.
 struct Splits {
@@ -23,27 +23,28 @@ constexpr Splits splits_of(int64_t dim, int64_t step, int64_t most) {
   return {each, std::max<int64_t>(1, ceil_div(dim, each))};
 }
 
-constexpr int64_t kFewStep = 1024, kFewSplits = 128;
-constexpr int64_t kFewRows = 8;  // that a thread works on at the same time
-constexpr int64_t kManyStep = 512, kManySplits = 32;
-constexpr int64_t kTile = 64;  // rows and classes of a block of gemm.cu
+constexpr int64_t kDirectStep = 1024, kDirectSplits = 128;
+constexpr int64_t kDirectRows = 8;  // that a thread works on at the same time
+constexpr int64_t kGemmStep = 512, kGemmSplits = 32;
+constexpr int64_t kGemmTile = 64;  // rows and classes of a block of gemm.cu
 
 constexpr Splits splits_of(int64_t dim, int64_t classes) {
-  return classes <= kFewClasses ? splits_of(dim, kFewStep, kFewSplits) : splits_of(dim, kManyStep, kManySplits);
+  return classes <= kMaxDirectClasses ? splits_of(dim, kDirectStep, kDirectSplits)
+                                      : splits_of(dim, kGemmStep, kGemmSplits);
 }
 
-// Rows of a block of direct.cu: as many as leave some blocks for each multiprocessor, since means are read once for all of
-// them; a multiple of kFewRows.
-constexpr int64_t few_rows_of(int64_t rows, int64_t splits, int64_t processors) {
-  int64_t each = 4 * kFewRows;
-  while (each > kFewRows && ceil_div(rows, each) * splits < 2 * processors) each /= 2;
+// Rows of a block of direct.cu: as many as leave some blocks for each multiprocessor, since means are read once for all
+// of them; a multiple of kDirectRows.
+constexpr int64_t direct_block_rows(int64_t rows, int64_t splits, int64_t processors) {
+  int64_t each = 4 * kDirectRows;
+  while (each > kDirectRows && ceil_div(rows, each) * splits < 2 * processors) each /= 2;
   return each;
 }
 
 // Rows whose sums are held at a time: some tens of megabytes. A multiple of every tile.
 constexpr int64_t rows_that_fit(int64_t dim, int64_t classes) {
   const int64_t sums = int64_t{1} << 23;
-  return std::max(kTile, sums / (splits_of(dim, classes).count * classes) / kTile * kTile);
+  return std::max(kGemmTile, sums / (splits_of(dim, classes).count * classes) / kGemmTile * kGemmTile);
 }
 
 // What a call needs in device memory beside its arguments, in bytes from the beginning, each on a multiple of 256.
@@ -61,9 +62,9 @@ struct Workspace {
 inline Workspace workspace_for(int64_t rows, int64_t dim, int64_t classes, bool statistics) {
   Workspace w;
   const int64_t splits = splits_of(dim, classes).count;
-  const bool few = classes <= kFewClasses;
+  const bool few = classes <= kMaxDirectClasses;
   w.rows = std::max<int64_t>(1, std::min(rows, rows_that_fit(dim, classes)));
-  w.counted = few ? ceil_div(w.rows, kFewRows) : 0;
+  w.counted = few ? ceil_div(w.rows, kDirectRows) : 0;
   const auto take = [&](int64_t bytes) {
     const int64_t at = w.bytes;
     w.bytes += round_up(bytes, 256);

@@ -1,5 +1,6 @@
-// The CUDA kernels, run block by block on the CPU (emulation/cuda_runtime.h): against the equations, and with threads and blocks in
-// other orders, in which nothing may change. Memory is exact: what a block reads beyond it ends the process.
+// The CUDA kernels, run block by block on the CPU (emulation/cuda_runtime.h): against the equations, and with threads
+// and blocks in other orders, in which nothing may change. Memory is exact: what a block reads beyond it ends the
+// process.
 #include <cuda_runtime.h>
 
 #include "cuda/launch.h"
@@ -82,9 +83,9 @@ TEST(splits_cover_every_number_once) {
                               int64_t{1025}, int64_t{65537}, int64_t{131071}, int64_t{131072}, int64_t{131073},
                               int64_t{802816}, (int64_t{1} << 31) + 7, (int64_t{1} << 40) + 1}) {
       const cuda::Splits splits = cuda::splits_of(dim, classes);
-      const bool few = classes <= cuda::kFewClasses;
-      CHECK(splits.count >= 1 && splits.count <= (few ? cuda::kFewSplits : cuda::kManySplits));
-      CHECK(splits.each % (few ? cuda::kFewStep : cuda::kManyStep) == 0 && splits.each > 0);
+      const bool few = classes <= cuda::kMaxDirectClasses;
+      CHECK(splits.count >= 1 && splits.count <= (few ? cuda::kDirectSplits : cuda::kGemmSplits));
+      CHECK(splits.each % (few ? cuda::kDirectStep : cuda::kGemmStep) == 0 && splits.each > 0);
       CHECK(splits.count * splits.each >= dim);
       CHECK(dim == 0 || (splits.count - 1) * splits.each < dim);  // none is empty
     }
@@ -97,17 +98,17 @@ TEST(workspaces_do_not_overlap_and_grids_are_legal) {
       for (const int64_t dim : {int64_t{0}, int64_t{1}, int64_t{4096}, int64_t{802816}}) {
         const cuda::Workspace w = cuda::workspace_for(rows, dim, classes, true);
         const int64_t splits = cuda::splits_of(dim, classes).count;
-        CHECK(w.rows >= 1 && (w.rows == rows || w.rows % cuda::kTile == 0 || rows == 0));
+        CHECK(w.rows >= 1 && (w.rows == rows || w.rows % cuda::kGemmTile == 0 || rows == 0));
         CHECK(w.features == 0 && w.sums >= w.rows * dim * 4);
         CHECK(w.row_norms >= w.sums + splits * w.rows * classes * 4);
         CHECK(w.bytes >= w.counters + w.counted * 4);
         CHECK(w.counters % 256 == 0 && w.sums % 256 == 0 && w.bytes % 256 == 0);
-        CHECK(cuda::ceil_div(classes, cuda::kTile) <= 65535 && splits <= 65535);
-        CHECK(cuda::ceil_div(w.rows, cuda::kFewRows) < int64_t{1} << 31);
+        CHECK(cuda::ceil_div(classes, cuda::kGemmTile) <= 65535 && splits <= 65535);
+        CHECK(cuda::ceil_div(w.rows, cuda::kDirectRows) < int64_t{1} << 31);
         for (const int64_t processors : {1, 4, 132, 1000}) {
-          const int64_t each = cuda::few_rows_of(w.rows, splits, processors);
-          CHECK(each % cuda::kFewRows == 0 && each > 0);
-          if (classes <= cuda::kFewClasses) CHECK(cuda::ceil_div(w.rows, each) <= w.counted);
+          const int64_t each = cuda::direct_block_rows(w.rows, splits, processors);
+          CHECK(each % cuda::kDirectRows == 0 && each > 0);
+          if (classes <= cuda::kMaxDirectClasses) CHECK(cuda::ceil_div(w.rows, each) <= w.counted);
         }
       }
     }
@@ -154,7 +155,7 @@ TEST(steps_write_what_the_equations_say) {
     in_order(kOrders[turn++ % 3]);
     const Out all(shape.batch, shape.classes), some(shape.batch + 2, shape.classes);
     cuda::Exit exit = exit_of(p, p.x.view(), p.means.view(), true);
-    exit.finish.out = all.view(false);
+    exit.epilogue.out = all.view(false);
     launch(exit);
 
     // Everybody whose confidence is above the median of them leaves, and others' rows stay as they were.
@@ -164,12 +165,12 @@ TEST(steps_write_what_the_equations_say) {
     const Exact<int64_t> ids(shape.batch), bad(1, 0);
     for (int64_t b = 0; b < shape.batch; ++b) ids[b] = (b + 1) % shape.batch + 2;
     const Exact<uint8_t> stays(shape.batch, 7);
-    exit.finish.out = some.view();
-    exit.finish.ids = ids.data();
-    exit.finish.threshold = threshold;
-    exit.finish.exit_number = 5;
-    exit.finish.stays = stays.data();
-    exit.finish.bad_ids = bad.data();
+    exit.epilogue.out = some.view();
+    exit.epilogue.ids = ids.data();
+    exit.epilogue.threshold = threshold;
+    exit.epilogue.exit_number = 5;
+    exit.epilogue.stays = stays.data();
+    exit.epilogue.bad_ids = bad.data();
     launch(exit);
     CHECK(bad[0] == 0 && some.untouched(0) && some.untouched(1));
     for (int64_t b = 0; b < shape.batch; ++b) {
@@ -191,7 +192,7 @@ TEST(logits_of_few_and_many_classes) {
       state().context = "logits " + p.text();
       const Out out(5, classes);
       cuda::Exit exit = exit_of(p, p.x.view(), p.means.view(), false);
-      exit.finish.out = out.view(false);
+      exit.epilogue.out = out.view(false);
       launch(exit);
       for (int64_t b = 0; b < 5; ++b) {
         std::vector<double> z;
@@ -220,11 +221,11 @@ TEST(a_wrong_id_is_told_and_not_followed) {
     const Exact<int64_t> ids(std::vector<int64_t>{0, 1, wrong, 3, 4}), bad(1, 0);
     const Exact<uint8_t> stays(5);
     cuda::Exit exit = exit_of(p, p.x.view(), p.means.view(), true);
-    exit.finish.out = out.view();
-    exit.finish.ids = ids.data();
-    exit.finish.threshold = -1;
-    exit.finish.stays = stays.data();
-    exit.finish.bad_ids = bad.data();
+    exit.epilogue.out = out.view();
+    exit.epilogue.ids = ids.data();
+    exit.epilogue.threshold = -1;
+    exit.epilogue.stays = stays.data();
+    exit.epilogue.bad_ids = bad.data();
     launch(exit);
     CHECK(bad[0] == 1 && out.untouched(2) && !out.untouched(1));
   }
@@ -238,12 +239,12 @@ TEST(rows_that_have_left_are_passed_over) {
   const Out out(40, 7);
   const Exact<uint8_t> stays(40);
   for (int64_t b = 0; b < 40; ++b) stays[b] = b % 3 != 0;
-  cuda::Finish finish{};
-  finish.out = out.view();
-  finish.threshold = 0.7f;
-  finish.stays = stays.data();
-  finish.marked = true;
-  CHECK(cuda::launch_decide(scores.view(), nullptr, finish, nullptr) == cudaSuccess);
+  cuda::Epilogue epilogue{};
+  epilogue.out = out.view();
+  epilogue.threshold = 0.7f;
+  epilogue.stays = stays.data();
+  epilogue.marked = true;
+  CHECK(cuda::launch_decide(scores.view(), nullptr, epilogue, nullptr) == cudaSuccess);
   for (int64_t b = 0; b < 40; ++b) {
     std::vector<double> z;
     for (int64_t k = 0; k < 7; ++k) z.push_back(-scores.at(b, k));
@@ -307,7 +308,7 @@ TEST(a_head_that_looks_at_statistics) {
     cuda::Exit exit = exit_of(p, {}, p.means.view(), true);
     exit.statistics = true;
     exit.pooled = {maps, wanted};
-    exit.finish.out = out.view(false);
+    exit.epilogue.out = out.view(false);
     launch(exit);
     for (int64_t b = 0; b < rows; ++b) {
       const std::vector<double> z = penalties_of(p, b);

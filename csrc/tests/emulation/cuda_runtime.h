@@ -1,9 +1,10 @@
-// CUDA on a CPU, as much of it as csrc/cuda needs: the kernels themselves run, block by block, their threads as fibers.
+// The part of CUDA that csrc/cuda uses, on the CPU: the kernels themselves run, block by block, their threads as
+// fibers. An E2CM_EMULATED build finds this file in the place of the toolkit's <cuda_runtime.h>.
 //
-// A fiber runs until it meets a barrier (of its block or its warp). Threads and blocks come in the order of
-// emulation().order: forwards, backwards or shuffled; results that depend on it have a race. Shared memory is an
-// allocation of its own, so that AddressSanitizer sees what goes beyond it, and starts as NaNs. What no fiber leaves
-// again (a barrier that some threads of a block never reach) is told, and ends the program.
+// A fiber runs until a barrier of its block or its warp. Threads and blocks run in the order of
+// emulation::state().order: forwards, backwards or shuffled; results that depend on it have a race. Shared memory is an
+// allocation of its own, so that AddressSanitizer sees accesses beyond it, and starts as NaNs. A deadlock (a barrier
+// that some threads of a block never reach) is reported, and ends the program.
 #pragma once
 
 #include <setjmp.h>
@@ -61,9 +62,9 @@ namespace e2cm::emulation {
 enum class Order { forwards, backwards, shuffled };
 
 struct Fiber {
-  ucontext_t context;  // to begin with
-  jmp_buf place;       // to go on with: swapcontext asks the system each time
-  bool begun = false;
+  ucontext_t context;  // to start
+  jmp_buf position;    // to resume: faster than swapcontext, which makes a system call each time
+  bool started = false;
   std::unique_ptr<char[]> stack;
   void* fake_stack = nullptr;
   dim3 thread;
@@ -72,7 +73,7 @@ struct Fiber {
   bool done = false;
 };
 
-// Of one warp: what its lanes show each other. Two sets of slots, in turns: a lane may be one exchange ahead.
+// The values that the lanes of a warp exchange. Two sets of slots, used alternately: a lane may be one exchange ahead.
 struct Warp {
   uint32_t slots[2][32][4];
   unsigned lanes = 0, arrived = 0;
@@ -86,7 +87,7 @@ struct State {
   Fiber* current = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<unsigned> turns;  // exchanges so far, of each thread
+  std::vector<unsigned> exchanges;  // so far, per thread
   unsigned arrived = 0, alive = 0;
   jmp_buf scheduler;
   void* scheduler_fake_stack = nullptr;
@@ -101,19 +102,21 @@ inline State& state() {
   return only;
 }
 
+inline char* shared_memory() { return state().shared.get(); }
+
 constexpr size_t kStack = size_t{1} << 17;
 
-inline void to_scheduler(bool for_good) {
+inline void to_scheduler(bool ended) {
   State& s = state();
   Fiber* const self = s.current;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &self->fake_stack, s.scheduler_stack, s.scheduler_stack_size);
+  __sanitizer_start_switch_fiber(ended ? nullptr : &self->fake_stack, s.scheduler_stack, s.scheduler_stack_size);
 #endif
-  if (!_setjmp(self->place)) _longjmp(s.scheduler, 1);
+  if (!_setjmp(self->position)) _longjmp(s.scheduler, 1);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
 #endif
-  static_cast<void>(for_good);
+  static_cast<void>(ended);
 }
 
 inline void release_if_complete(unsigned number) {
@@ -154,7 +157,7 @@ inline void entry() {
   to_scheduler(true);
 }
 
-// Until it waits or ends.
+// Runs a fiber until it waits or ends.
 inline void run_fiber(Fiber& fiber) {
   State& s = state();
   s.current = &fiber;
@@ -162,8 +165,8 @@ inline void run_fiber(Fiber& fiber) {
   __sanitizer_start_switch_fiber(&s.scheduler_fake_stack, fiber.stack.get(), kStack);
 #endif
   if (!_setjmp(s.scheduler)) {
-    if (fiber.begun) _longjmp(fiber.place, 1);
-    fiber.begun = true;
+    if (fiber.started) _longjmp(fiber.position, 1);
+    fiber.started = true;
     setcontext(&fiber.context);
   }
 #if defined(__SANITIZE_ADDRESS__)
@@ -187,12 +190,12 @@ inline void run_block(const dim3& at) {
   const unsigned threads = s.block.x * s.block.y * s.block.z;
   if (s.fibers.size() != threads) s.fibers = std::vector<Fiber>(threads);
   s.warps.assign((threads + 31) / 32, Warp());
-  s.turns.assign(threads, 0);
+  s.exchanges.assign(threads, 0);
   s.arrived = 0, s.alive = threads;
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = s.fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
-    fiber.number = i, fiber.waits_for = 0, fiber.done = fiber.begun = false;
+    fiber.number = i, fiber.waits_for = 0, fiber.done = fiber.started = false;
     fiber.thread = dim3(i % s.block.x, i / s.block.x % s.block.y, i / s.block.x / s.block.y);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -211,13 +214,14 @@ inline void run_block(const dim3& at) {
       run_fiber(fiber);
     }
     if (!any) {
-      std::fprintf(stderr, "emulation: some threads of block (%u, %u, %u) wait for others forever\n", at.x, at.y, at.z);
+      std::fprintf(stderr, "emulation: deadlock: some threads of block (%u, %u, %u) wait for others forever\n", at.x,
+                   at.y, at.z);
       std::abort();
     }
   }
 }
 
-// What a GPU would refuse is refused here too.
+// Refuses the launch configurations that CUDA refuses.
 inline cudaError_t run(const dim3& grid, const dim3& block, size_t shared, const std::function<void()>& body) {
   State& s = state();
   const unsigned threads = block.x * block.y * block.z;
@@ -233,12 +237,12 @@ inline cudaError_t run(const dim3& grid, const dim3& block, size_t shared, const
   return cudaSuccess;
 }
 
-// The lane's own slots of this exchange, after all lanes of the warp have written theirs.
+// Writes the lane's slot, waits for the warp, and reads the slot of lane `from`.
 template <class Value>
 Value exchange(Value value, unsigned from) {
   static_assert(sizeof(Value) <= 16);
   State& s = state();
-  const unsigned self = s.current->number, turn = s.turns[self]++ % 2;
+  const unsigned self = s.current->number, turn = s.exchanges[self]++ % 2;
   Warp& warp = s.warps[self / 32];
   std::memcpy(warp.slots[turn][self % 32], &value, sizeof value);
   wait_for(1);
@@ -249,14 +253,14 @@ Value exchange(Value value, unsigned from) {
 
 inline unsigned lane() { return state().current->number % 32; }
 
-// mma.m16n8k8: lanes hold rows, classes and sums as csrc/cuda/gemm.cu says. The order of the additions is ours.
-inline void multiply(float (&sums)[4], const float (&a)[4], const float (&b)[2]) {
+// mma.m16n8k8, with the lanes' layout that csrc/cuda/gemm.cu describes. The order of the additions is not the GPU's.
+inline void mma_m16n8k8(float (&sums)[4], const float (&a)[4], const float (&b)[2]) {
   struct Numbers {
     float values[4];
   };
   State& s = state();
   const unsigned self = s.current->number, group = lane() / 4, member = lane() % 4;
-  const unsigned turn = s.turns[self] % 2;
+  const unsigned turn = s.exchanges[self] % 2;
   exchange(Numbers{{a[0], a[1], a[2], a[3]}}, lane());
   float rows[2][8], classes[2][8];
   for (unsigned t = 0; t < 4; ++t) {
@@ -303,9 +307,9 @@ Value __shfl_up_sync(unsigned, Value value, unsigned delta) {
 inline unsigned __ballot_sync(unsigned, int predicate) {
   unsigned all = 0;
   const unsigned lane = e2cm::emulation::lane();
-  // Every lane shows its bit; 32 exchanges would do, but one and a look at all slots is enough.
+  // One exchange, after which the slots of all lanes can be read.
   e2cm::emulation::State& s = e2cm::emulation::state();
-  const unsigned self = s.current->number, turn = s.turns[self] % 2;
+  const unsigned self = s.current->number, turn = s.exchanges[self] % 2;
   e2cm::emulation::exchange<uint32_t>(predicate != 0, lane);
   for (unsigned i = 0; i < 32; ++i) all |= (s.warps[self / 32].slots[turn][i][0] & 1u) << i;
   return all;
