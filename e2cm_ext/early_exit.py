@@ -38,7 +38,7 @@ from .heads import Head, Rule, build, fitting, from_config
 from .heads.base import positive
 from .heads.ensemble import Combination
 from .heads.rules import rule as rule_named
-from .runtime.compaction_policy import Compaction
+from .runtime.compaction_policy import CompactionPolicy
 from .runtime.exit_module import ExitModule
 from .stages import Costs, Stages, at_exits, cut, feature_shapes, stage_flops
 
@@ -325,7 +325,7 @@ class EarlyExit(ExitModule):
             repeats=repeats,
             progress=progress,
         )
-        self.compaction = Compaction.by_time(found)
+        self.compaction = CompactionPolicy.from_profile(found)
         return found
 
     def plan(self, record: Record, profile: Profile, batch_size: int = 128) -> TimedPoint:
