@@ -63,8 +63,8 @@ def measured_at(budgets: list[float], curve: e2cm.Curve, record: e2cm.Record) ->
         flops, accuracy = found.flops, found.accuracy
         if point.other is not None:
             other = record.replay(point.other.thresholds)
-            flops = point.share * flops + (1 - point.share) * other.flops
-            accuracy = point.share * accuracy + (1 - point.share) * other.accuracy
+            flops = point.probability * flops + (1 - point.probability) * other.flops
+            accuracy = point.probability * accuracy + (1 - point.probability) * other.accuracy
         return {"budget": budget, "flops": flops, "accuracy": accuracy}
 
     return [measured(budget) for budget in budgets]

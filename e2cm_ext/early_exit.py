@@ -22,13 +22,14 @@ from .calibration import (
     TimedPoint,
     curves,
     evaluation,
+    latency,
+    profiler,
     recording,
     selection,
 )
-from .calibration import profile as profiler
 from .calibration.curves import Method
 from .calibration.evaluation import Evaluation
-from .calibration.guarantee import Of
+from .calibration.guarantee import RiskKind
 from .calibration.target import Target, refuse_foreign
 from .clusters import clustered_stages, with_centres, without_centres
 from .data.loader import no_labels, place_of, placed, refuse_train_mode
@@ -38,7 +39,7 @@ from .heads import Head, Rule, build, fitting, from_config
 from .heads.base import positive
 from .heads.ensemble import Combination
 from .heads.rules import rule as rule_named
-from .runtime.compaction_policy import Compaction
+from .runtime.compaction_policy import CompactionPolicy
 from .runtime.exit_module import ExitModule
 from .stages import Costs, Stages, at_exits, cut, feature_shapes, stage_flops
 
@@ -251,7 +252,7 @@ class EarlyExit(ExitModule):
         latency: float | None = None,
         milliseconds: float | None = None,
         risk: tuple[float, float] | None = None,
-        of: Of = "accuracy",
+        of: RiskKind = "accuracy",
         batch_size: int = 128,
         profile: Profile | None = None,
         method: Method = "auto",
@@ -325,7 +326,7 @@ class EarlyExit(ExitModule):
             repeats=repeats,
             progress=progress,
         )
-        self.compaction = Compaction.by_time(found)
+        self.compaction = CompactionPolicy.from_profile(found)
         return found
 
     def plan(self, record: Record, profile: Profile, batch_size: int = 128) -> TimedPoint:
@@ -337,7 +338,7 @@ class EarlyExit(ExitModule):
             The thresholds that were set, with accuracy and FLOPs on the record.
         """
         refuse_foreign(record, self)
-        point = profiler.drop_unprofitable_exits(record, profile, self.thresholds, batch_size)
+        point = latency.drop_unprofitable_exits(record, profile, self.thresholds, batch_size)
         self.thresholds = point.thresholds
         return point
 

@@ -3,7 +3,8 @@
 from .curves import Curve, OperatingPoint, curve
 from .evaluation import Evaluation
 from .guarantee import GuaranteedPoint
-from .profile import Profile, TimedPoint
+from .latency import TimedPoint
+from .profile import Profile
 from .record import Record, Reliability, Replay
 from .selection import Selection, select
 

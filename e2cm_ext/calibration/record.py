@@ -1,5 +1,7 @@
-"""A record: what every exit would have said about every sample of a data set. One pass over the data makes it, and any
-thresholds can then be judged without the network."""
+"""A record: what every exit says about every sample of a data set.
+
+One pass over the data makes it. Any thresholds can then be evaluated without the network.
+"""
 
 from __future__ import annotations
 
@@ -25,38 +27,73 @@ _ROUNDING = 1e-5  # of the exponential of a log-probability
 
 
 class Replay(NamedTuple):
-    """What would have happened under some thresholds; row i belongs to sample i."""
+    """What the samples of a record do under some thresholds; row i belongs to sample i.
 
-    prediction: Tensor  # [N] int64
-    confidence: Tensor  # [N] float32: the certainty at the exit that answered
-    exit: Tensor  # [N] int64: the number of the exit that answered; M is the network itself
-    correct: Tensor  # [N] bool
-    flops: float  # mean over the samples, of the base network's; NaN without samples
-    accuracy: float  # NaN without samples
+    Attributes:
+        prediction: [N] int64.
+        confidence: [N] float32: the certainty at the exit where the sample leaves.
+        exit: [N] int64: the number of that exit; M is the network itself.
+        correct: [N] bool.
+        flops: Mean FLOPs per sample, as a fraction of the base network's; NaN without samples.
+        accuracy: Share of right predictions; NaN without samples.
+    """
+
+    prediction: Tensor
+    confidence: Tensor
+    exit: Tensor
+    correct: Tensor
+    flops: float
+    accuracy: float
 
 
 class Reliability(NamedTuple):
-    """How far confidences can be believed: answers in bins of equal width, bin b from b / bins, excluded, to
-    (b + 1) / bins, included; a confidence of 0 is in the first."""
+    """Accuracy of answers by their confidence, in bins of equal width.
 
-    counts: Tensor  # [bins] int64
-    confidence: Tensor  # [bins] float64: the mean; NaN in an empty bin
-    accuracy: Tensor  # [bins] float64; NaN in an empty bin
-    ece: float  # expected calibration error: the mean over the answers of |accuracy - confidence| of their bin
+    Bin b holds confidences above b / bins, up to and including (b + 1) / bins; a confidence of 0 is in the first bin.
+
+    Attributes:
+        counts: [bins] int64: number of answers.
+        confidence: [bins] float64: mean confidence; NaN in an empty bin.
+        accuracy: [bins] float64: share of right answers; NaN in an empty bin.
+        ece: Expected calibration error: the mean over the answers of |accuracy - confidence| of their bin.
+    """
+
+    counts: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+    ece: float
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Record:
-    """Certainty, prediction and truth for N samples at M exits, and in the last column of the network itself.
+    """Certainty, prediction and label of N samples at M exits; the last column is the network itself.
 
-    The tensors are kept on the CPU, dense. A NaN among the certainties stands for an exit that this sample never takes.
+    The tensors are kept on the CPU, dense.
+
+    Attributes:
+        confidence: [N, M+1] float32: the certainty that the rule compares with a threshold; NaN: the sample never
+            leaves there.
+        prediction: [N, M+1] int32 or int64.
+        label: [N] int64.
+        costs: FLOPs of stages and heads.
+        rule: Name of the rule.
+
+    Raises:
+        TypeError: A tensor has another dtype.
+        ValueError: A tensor has another shape, or `label` holds negative numbers.
+
+    Example:
+        >>> record = ee.record(held_out)                # or made by hand, from tensors
+        >>> record.accuracy                             # [M+1]: if all samples left at that exit
+        >>> record.replay([0.9] * record.exits).flops   # what these thresholds would cost
+        >>> record.save("held_out.record")
     """
 
-    confidence: Tensor  # [N, M+1] float32: what the rule compares with a threshold; the higher, the surer
-    prediction: Tensor  # [N, M+1] int32 or int64
-    label: Tensor  # [N] int64
+    confidence: Tensor
+    prediction: Tensor
+    label: Tensor
     costs: Costs
-    rule: str = "confidence"  # its name
+    rule: str = "confidence"
 
     def __post_init__(self) -> None:
         if not isinstance(self.costs, Costs):
@@ -65,13 +102,13 @@ class Record:
             raise TypeError(f"`rule` is a {type(self.rule).__name__}; wanted the name of a rule")
         columns = len(self.costs.stages)
         what = f"[samples, {columns}]: {columns - 1} exits and the network itself"
-        confidence = _plain("confidence", self.confidence, (torch.float32,), what)
+        confidence = _checked_tensor("confidence", self.confidence, (torch.float32,), what)
         if confidence.dim() != 2 or confidence.shape[1] != columns:
             raise ValueError(f"`confidence` has shape {list(confidence.shape)}; wanted {what}")
-        prediction = _plain("prediction", self.prediction, (torch.int64, torch.int32), what)
+        prediction = _checked_tensor("prediction", self.prediction, (torch.int64, torch.int32), what)
         if prediction.shape != confidence.shape:
             raise ValueError(f"`prediction` has shape {list(prediction.shape)}; wanted {list(confidence.shape)}")
-        label = _plain("label", self.label, (torch.int64, torch.int32), "[samples]").long()
+        label = _checked_tensor("label", self.label, (torch.int64, torch.int32), "[samples]").long()
         if label.shape != confidence.shape[:1]:
             raise ValueError(f"`label` has shape {list(label.shape)}; wanted [{len(confidence)}], one per sample")
         if (label < 0).any():
@@ -88,34 +125,40 @@ class Record:
 
     @property
     def exits(self) -> int:
-        """M, without the network itself."""
+        """M: the number of exits, without the network itself."""
         return len(self.costs.heads)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the exits."""
+        """Names of the exits."""
         return self.costs.names
 
     @property
     def flops(self) -> Tensor:
-        """[M+1] float64: what a sample costs that leaves at exit j, all heads on; see Costs.fractions."""
+        """[M+1] float64: cost of a sample that leaves at exit j, all heads on; see Costs.fractions."""
         return self.costs.fractions
 
     @property
     def correct(self) -> Tensor:
-        """[N, M+1] bool."""
+        """[N, M+1] bool: whether the prediction is the label."""
         return self.prediction == self.label[:, None]
 
     @property
     def accuracy(self) -> Tensor:
-        """[M+1] float64: if all samples left at exit j; the last: of the base network. NaN without samples."""
+        """[M+1] float64: accuracy if all samples left at exit j; the last: of the base network. NaN without samples."""
         return self.correct.double().mean(0)
 
     def replay(self, thresholds: Tensor | Sequence[float]) -> Replay:
-        """What would have happened under `thresholds` [M].
+        """Evaluate thresholds on the record.
 
         A sample leaves at the first exit where its certainty is above the threshold, strictly, compared in float32. It
-        pays the stages up to there, and the heads of those exits that are on: whose threshold is below +inf.
+        costs the stages up to there, and the heads of those exits whose threshold is below +inf.
+
+        Args:
+            thresholds: [M].
+
+        Returns:
+            What every sample does, and mean FLOPs and accuracy.
         """
         limits = threshold_vector(thresholds, self.exits)
         exit = torch.full_like(self.label, self.exits)
@@ -123,20 +166,29 @@ class Record:
             exit[self.confidence[:, j] > limits[j]] = j
         prediction = self.prediction.gather(1, exit[:, None])[:, 0].long()
         correct = prediction == self.label
+        leavers, off = exit.bincount(minlength=self.exits + 1), limits.isposinf()
         return Replay(
             prediction=prediction,
             confidence=self.confidence.gather(1, exit[:, None])[:, 0],
             exit=exit,
             correct=correct,
-            flops=_mean_flops(self.costs, exit.bincount(minlength=self.exits + 1).tolist(), limits.isposinf().tolist()),
+            flops=_mean_flops(self.costs, leavers.tolist(), off.tolist()),
             accuracy=int(correct.sum()) / len(self) if len(self) else float("nan"),
         )
 
     def reliability(self, thresholds: Tensor | Sequence[float], bins: int = 15) -> Reliability:
-        """Confidence against accuracy, of the answers given under `thresholds` [M].
+        """Compare confidence with accuracy, for the answers given under some thresholds.
 
-        Only the rule "confidence" records probabilities: a ValueError for others. Answers whose confidence is NaN, as
-        the network's own may be, are left out.
+        Args:
+            thresholds: [M].
+            bins: Number of bins of confidence.
+
+        Returns:
+            Accuracy and mean confidence by bin. Answers whose confidence is NaN, as the network's own may be, are left
+            out.
+
+        Raises:
+            ValueError: The rule is not "confidence": others do not record probabilities.
         """
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
             raise ValueError(f"`bins` is {bins!r}; wanted a whole number from 1 on, such as 15")
@@ -153,8 +205,8 @@ class Record:
                 f"`confidence` goes from {float(confidence.min()):.6g} to {float(confidence.max()):.6g} in this "
                 "record; reliability needs probabilities, from 0 to 1"
             )
-        limits = torch.arange(1, bins, dtype=torch.float64) / bins
-        which = torch.bucketize(confidence, limits)
+        bounds = torch.arange(1, bins, dtype=torch.float64) / bins
+        which = torch.bucketize(confidence, bounds)
         counts = which.bincount(minlength=bins)
         sums = (torch.zeros(bins, dtype=torch.float64).index_add(0, which, each) for each in (confidence, correct))
         mean_confidence, accuracy = (each / counts for each in sums)
@@ -163,16 +215,28 @@ class Record:
         return Reliability(counts, mean_confidence, accuracy, ece)
 
     def plot(self, thresholds: Tensor | Sequence[float] | None = None) -> Figure:
-        """Four pictures with matplotlib: how accurate each exit is; who leaves where under `thresholds` [M] (without
-        them nobody leaves early); how far confidences can be believed; how sure each exit is, when right and wrong.
+        """Draw four panels with matplotlib.
 
-        The figure belongs to nobody else: figure.savefig(path), or the last line of a notebook's cell, shows it.
+        They show how accurate each exit is; how many samples leave at each exit; how far confidences can be believed;
+        and how certain each exit is of its right and of its wrong answers.
+
+        Args:
+            thresholds: [M]; None: all exits are off.
+
+        Returns:
+            A figure that pyplot does not know: figure.savefig(path), or the last line of a notebook's cell, shows it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
         """
-        return plotting.of_record(self, [float("inf")] * self.exits if thresholds is None else thresholds)
+        return plotting.plot_record(self, [float("inf")] * self.exits if thresholds is None else thresholds)
 
     def at_exits(self, exits: Iterable[str | int]) -> Record:
-        """The record of the same network with these exits only, given by name or number: what the network would have
-        said had it been cut there."""
+        """Return the record of the same network with these exits only.
+
+        Args:
+            exits: Names or numbers of exits.
+        """
         numbers = self.costs.numbers(exits)
         columns = [*numbers, self.exits]
         return Record(
@@ -184,7 +248,11 @@ class Record:
         )
 
     def part(self, samples: Tensor | slice | Sequence[int]) -> Record:
-        """The record of some of the samples: by number, mask or slice, in that order."""
+        """Return the record of some of the samples.
+
+        Args:
+            samples: Numbers, a mask or a slice; numbers give the order.
+        """
         if not isinstance(samples, slice):
             samples = torch.as_tensor(samples)
             samples = (samples.long() if samples.numel() == 0 else samples).cpu()
@@ -195,7 +263,11 @@ class Record:
 
     @classmethod
     def merge(cls, records: Iterable[Record]) -> Record:
-        """One record of all their samples, in order: of several loaders, or of the processes that shared one."""
+        """Join the samples of several records of one network, in order.
+
+        Raises:
+            ValueError: There is no record, or they have other exits, costs or rules.
+        """
         records = list(records)
         if not records:
             raise ValueError("`records` is empty; wanted at least one record")
@@ -216,20 +288,25 @@ class Record:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """A safetensors file, complete or not there at all."""
+        """Write a safetensors file. What was at `path` stays as it is until the new file is complete."""
         tensors = {"confidence": self.confidence, "prediction": self.prediction, "label": self.label}
         info = {"rule": self.rule, "stages": self.costs.stages, "heads": self.costs.heads, "names": self.costs.names}
         serialization.write(path, "record", tensors, info)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Record:
-        """A ValueError says what is wrong with a file that is no record, not whole, or altered."""
+        """Read a file that `save` has written.
+
+        Raises:
+            ValueError: The file is not a record, truncated, or altered.
+        """
         tensors, info = serialization.read(path, "record")
         costs = Costs(tuple(info["stages"]), tuple(info["heads"]), tuple(info["names"]))
         return cls(tensors["confidence"], tensors["prediction"], tensors["label"], costs, info["rule"])
 
 
-def _plain(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], wanted: str) -> Tensor:
+def _checked_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], wanted: str) -> Tensor:
+    """On the CPU, dense, without gradient."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` is a {type(value).__name__}; wanted a tensor {wanted}")
     if value.dtype not in dtypes:
@@ -238,7 +315,15 @@ def _plain(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], wanted: st
 
 
 def _mean_flops(costs: Costs, leavers: Sequence[int], off: Sequence[bool]) -> float:
-    """Of the base network's. In the same order of operations as the native search, so that the last bit agrees."""
+    """As a fraction of the base network's.
+
+    The operations are in the same order as in the native search, so that the last bit agrees.
+
+    Args:
+        costs: FLOPs of stages and heads.
+        leavers: [M+1]: how many samples leave at each exit, and at the end.
+        off: [M]: whether the threshold is +inf.
+    """
     reach = total = sum(leavers)
     if total == 0:
         return float("nan")

@@ -1,4 +1,4 @@
-"""A pass over a data set that records what every exit would have said about every sample."""
+"""Makes a record: a pass over a data set in which every exit scores every sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .record import Record
 
 __all__ = ["record"]
 
-_SEEN = 0.01  # of the images: some data sets hold a few twice
+_MAX_OVERLAP = 0.01  # without a warning: some data sets hold a few images twice
 
 
 @torch.no_grad()
@@ -30,44 +30,55 @@ def record(
     walk: Walk,
     loader: Loader,
     costs: Callable[[], Costs],
-    seen: FittedImages | None,
+    fitted_images: FittedImages | None,
     combination: Combination | None = None,
 ) -> Record:
-    """What every head, and the network itself, says about every sample. `costs` is asked at the end. Of many processes:
-    about the samples of all of them, in the order of their ranks.
+    """Record what every head, and the network itself, says about every sample.
 
-    seen: by the heads when they were fitted, if that is known.
+    Under torch.distributed: about the samples of all processes, in the order of their ranks.
+
+    Args:
+        heads: The M heads.
+        rule: Turns scores into a certainty.
+        walk: Runs the network on a batch.
+        loader: Batches of images with labels.
+        costs: Returns the FLOPs of stages and heads; called after the pass.
+        fitted_images: Those that the heads were fitted on, if known: a warning says so if the loader gives the same.
+        combination: How exits answer together; None: each answers for itself.
+
+    Raises:
+        ValueError: The loader gave no sample.
     """
     with distributed.synchronize_errors("record"):
-        mine, numbers = _rows(heads, rule, walk, loader, combination)
-        spent = costs() if len(numbers) else None
-    parts = distributed.all_gather_objects((*mine, numbers))
+        columns, numbers = _record_local(heads, rule, walk, loader, combination)
+        local_costs = costs() if len(numbers) else None
+    parts = distributed.all_gather_objects((*columns, numbers))
     confidence, predictions, label, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
     if not len(label):
         raise ValueError("the loader gave no sample: all its batches are empty")
-    if seen is not None:
-        _warn_of_seen(seen.share(numbers))
-    known = next(found for found in distributed.all_gather_objects(spent) if found is not None)
-    return Record(confidence, predictions, label, known, rule.name)
+    if fitted_images is not None:
+        _warn_of_overlap(fitted_images.share(numbers))
+    known_costs = next(found for found in distributed.all_gather_objects(local_costs) if found is not None)
+    return Record(confidence, predictions, label, known_costs, rule.name)
 
 
-def _rows(
+def _record_local(
     heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader, combination: Combination | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Certainties, predictions and labels of this process's part, and the numbers of its images."""
-    exits = len(heads)
+    """Certainties, predictions and labels of this process's samples, and the numbers of its images."""
+    columns = len(heads) + 1
     none = torch.empty(0, dtype=torch.int64, device="cpu")
-    rows = [(none.new_empty(0, exits + 1).float(), none.new_empty(0, exits + 1).int(), none)]
+    rows = [(none.new_empty(0, columns).float(), none.new_empty(0, columns).int(), none)]
     numbers = [none]
     for images, labels in loader.run("record"):
         numbers.append(numbers_of(images))
-        certainty, prediction = _said(heads, rule, walk, images, combination)
+        certainty, prediction = _score_batch(heads, rule, walk, images, combination)
         rows.append((certainty.cpu(), prediction.cpu(), labels.cpu()))
     confidence, predictions, label = (torch.cat(column) for column in zip(*rows, strict=True))
     return (confidence, predictions, label), torch.cat(numbers)
 
 
-def _said(
+def _score_batch(
     heads: Sequence[Head], rule: Rule, walk: Walk, images: Tensor, combination: Combination | None
 ) -> tuple[Tensor, Tensor]:
     """Certainties [B, M+1] float32 and predictions [B, M+1] int32 of every exit, and of the network itself."""
@@ -76,15 +87,15 @@ def _said(
     prediction = torch.empty(shape, dtype=torch.int32, device=images.device)
     memory: Tensor | None = None
 
-    def show(j: int, x: Tensor) -> None:
+    def score(j: int, x: Tensor) -> None:
         nonlocal memory
         if combination is None:
             certainty[:, j], prediction[:, j] = heads[j].score(x, rule)
         else:
-            answer, certainty[:, j], memory = combined(combination, heads[j], rule, x, memory, j)
-            prediction[:, j] = answer.argmax(1)
+            log_probs, certainty[:, j], memory = combined(combination, heads[j], rule, x, memory, j)
+            prediction[:, j] = log_probs.argmax(1)
 
-    logits = walk(images, show, logits=True)
+    logits = walk(images, score, logits=True)
     log_probs = logits.log_softmax(1).float()
     if combination is not None:
         logits, _ = combination(log_probs, memory, len(heads), True)
@@ -94,9 +105,9 @@ def _said(
     return certainty, prediction
 
 
-def _warn_of_seen(share: float) -> None:
-    if share > _SEEN:
+def _warn_of_overlap(overlap: float) -> None:
+    if overlap > _MAX_OVERLAP:
         warn(
-            f"about {share:.0%} of these images are among those that the exits were fitted on, and look better to them "
-            "than new ones: for thresholds and figures that hold on new images, take others",
+            f"about {overlap:.0%} of these images are among those that the exits were fitted on, and look better to "
+            "them than new ones: for thresholds and figures that hold on new images, take others",
         )

@@ -15,8 +15,9 @@ from ..ops import validation
 from ..utils import distributed
 from . import curves
 from .curves import Curve, Method, OperatingPoint
-from .guarantee import Of, check_risk, guaranteed
-from .profile import Profile, check_batch_size, fastest
+from .guarantee import RiskKind, check_risk, guaranteed
+from .latency import fastest
+from .profile import Profile, check_batch_size
 from .record import Record
 
 __all__ = ["CalibratedNetwork", "Target", "refuse_foreign"]
@@ -39,7 +40,7 @@ class Target:
     latency: float | None
     milliseconds: float | None
     risk: tuple[float, float] | None
-    of: Of
+    of: RiskKind
     batch_size: int
     profile: Profile | None
     method: Method

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import os
 import tempfile
 import warnings
@@ -23,13 +22,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.loader import place_of
 from ..heads import Head, Rule
 from ..native import build_info
 from ..runner import FORMAT, KIND, MANIFEST, OUTPUTS
+from ..runtime.segments import segments
 from ..stages import Stages
 from ..utils import serialization
 from .export_modules import Answer, ends_in_relu
@@ -107,43 +107,32 @@ def _export_stages(
     """The programs by file name, and what the manifest says of each."""
     programs: dict[str, bytes] = {}
     stages = []
-    legs, names, limits = list(_legs(spec.stages, spec.thresholds)), spec.stages.names, spec.thresholds
-    for number, (exit, parts) in enumerate(tqdm(legs, desc="export", unit="stage", disable=not progress, leave=False)):
+    parts = segments(spec.stages, spec.heads, spec.thresholds)
+    bar = tqdm(parts, desc="export", unit="stage", disable=not progress, leave=False)
+    for number, segment in enumerate(bar):
         name = f"stage-{number:03d}.{ending}"
-        last = exit == len(limits)
-        head = None if last else spec.heads[exit]
+        last = segment.head is None
+        exit_name = "(end)" if last else spec.stages.names[segment.exit]
         with torch.no_grad(), _quietly():
-            features, nonnegative = ends_in_relu(parts, x.clone())
-            leg = Answer(parts, head, spec.rule, nonnegative).to(x.device)
-            programs[name] = _program(write, leg, x, name if last else f"{name}, with exit {names[exit]!r}")
+            features, nonnegative = ends_in_relu(list(segment.stages), x.clone())
+            module = Answer(list(segment.stages), segment.head, spec.rule, nonnegative).to(x.device)
+            programs[name] = _program(write, module, x, name if last else f"{name}, with exit {exit_name!r}")
             x = features.clone()
         stages.append(
             {
                 "file": name,
-                "exit": exit,
-                "name": "(end)" if last else names[exit],
-                "threshold": "-inf" if last else repr(limits[exit]),
+                "exit": segment.exit,
+                "name": exit_name,
+                "threshold": "-inf" if last else repr(segment.threshold),
                 "shape": list(x.shape[1:]),
             }
         )
     return programs, stages
 
 
-def _legs(stages: Stages, limits: Sequence[float]) -> Iterator[tuple[int, list[nn.Module]]]:
-    """The stages up to the next exit that can fire, whose number comes first."""
-    together: list[nn.Module] = []
-    *early, last = stages
-    for number, (stage, limit) in enumerate(zip(early, limits, strict=True)):
-        together.append(stage)
-        if limit < math.inf:
-            yield number, together
-            together = []
-    yield len(limits), [*together, last]
-
-
-def _program(write: _Writer, leg: Answer, x: Tensor, what: str) -> bytes:
+def _program(write: _Writer, module: Answer, x: Tensor, what: str) -> bytes:
     try:
-        exported = torch.export.export(leg, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         return write(exported, x)
     except Exception as error:  # what exporters say of a network that they cannot follow
         why, _, _ = str(error).strip().partition("\n")

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..heads.thresholds import threshold_vector
 from ..ops.types import Decisions
 from ..runner import Answers, OnnxCascade, Package, refuse_other
-from ..runtime.cascade import write
+from ..runtime.cascade import write_decisions
 
 __all__ = ["Answers", "OnnxCascade", "TorchCascade", "load"]
 
@@ -110,12 +110,12 @@ class TorchCascade:
             confidence = log_probs.amax(1).exp()
             answers = Decisions(prediction, confidence, torch.full_like(prediction, stage.exit), log_probs)
             if stage is self._package.stages[-1]:
-                write(out, ids, answers)
+                write_decisions(out, ids, answers)
                 break
             leaving = certainty > limit
             index = leaving.nonzero()[:, 0]
             if len(index):
-                write(out, ids[index], Decisions(*(column[index] for column in answers)))  # type: ignore[index]
+                write_decisions(out, ids[index], Decisions(*(column[index] for column in answers)))  # type: ignore[index]
                 if len(index) == len(ids):
                     break
                 index = (~leaving).nonzero()[:, 0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration import Curve, OperatingPoint, Profile, Record
 from ..calibration.curves import Method
-from ..calibration.guarantee import Of
+from ..calibration.guarantee import RiskKind
 from ..calibration.target import Target
 from ..heads import fitting
 from ..heads.thresholds import threshold_vector
@@ -57,7 +57,7 @@ def calibrate(
     latency: float | None = None,
     milliseconds: float | None = None,
     risk: tuple[float, float] | None = None,
-    of: Of = "accuracy",
+    of: RiskKind = "accuracy",
     batch_size: int = 128,
     profile: Profile | None = None,
     method: Method = "auto",

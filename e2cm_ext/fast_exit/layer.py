@@ -178,9 +178,9 @@ class State(Cascade):
         return super().result()
 
     def _refuse_misfits(self, logits: Tensor) -> None:
-        rows = self._left if self._left is not None else logits.shape[0]
+        rows = self._survivors if self._survivors is not None else logits.shape[0]
         if logits.dim() != 2 or logits.shape[0] != rows or logits.shape[1] != self._num_classes:
-            count = "survivors" if self._left is None else rows
+            count = "survivors" if self._survivors is None else rows
             raise ValueError(f"`logits` has shape {list(logits.shape)}; wanted [{count}, {self._num_classes}]")
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calibration import profile as profiler
-from ..calibration import recording
+from ..calibration import profiler, recording
 from ..calibration.profile import Profile
 from ..calibration.record import Record
 from ..data.loader import Loader, placed, refuse_train_mode

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..calibration.curves import Curve, curve_of
+from ..calibration.curves import Curve, curve_of_thresholds
 from ..calibration.record import Record
-from ..calibration.search import always_there
+from ..calibration.search import default_thresholds
 from ..calibration.target import refuse_foreign
 from ..data.loader import place_of
 from ..early_exit import EarlyExit
@@ -210,7 +210,7 @@ def curve(ee: EarlyExit, loader: Record | Iterable[Any], progress: bool = True) 
     record = loader if isinstance(loader, Record) else ee.record(loader, progress)
     refuse_foreign(record, ee)
     same = torch.tensor(prices)[:, None].expand(-1, record.exits)
-    return curve_of(record, torch.cat([always_there(record.exits), same]), progress)
+    return curve_of_thresholds(record, torch.cat([default_thresholds(record.exits), same]), progress)
 
 
 def _deciders(ee: EarlyExit) -> list[Decider]:

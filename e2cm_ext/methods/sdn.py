@@ -192,7 +192,7 @@ def curve(record: Record, count: int = 1000, progress: bool = False) -> Curve:
     which = torch.linspace(0, len(every) - 1, count, dtype=torch.float64).round().long()
     never = torch.full((record.exits,), torch.finfo(torch.float32).max)
     limits = [at_least(value, record.exits) for value in sorted(set(every[which].tolist()))]
-    return curves.curve_of(record, torch.stack([*limits, never]), progress)
+    return curves.curve_of_thresholds(record, torch.stack([*limits, never]), progress)
 
 
 # ---- overthinking ---------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Runs stages and exits, and moves the samples that stay together."""
+"""The runtime: stages and exits run, samples leave, survivors are moved together."""

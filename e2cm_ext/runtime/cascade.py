@@ -1,15 +1,15 @@
-"""The runtime: stage, exit, compaction, next stage, until every sample has its answer.
+"""The cascade: stage, exit, compaction, next stage, until every sample has its answer.
 
-Nothing at all is computed at an exit whose threshold is +inf. Survivors are moved together, so that nothing is computed
-for samples that have left; or, where moving would take longer than that, who has left is carried on for a while, and
-what he says later is not heard (see compaction.py). A Cascade knows one batch on its way through the network; it is
-made for that batch and thrown away, so that any number of threads may run one network.
+Nothing is computed at an exit whose threshold is +inf. At an active exit survivors are moved together, so that later
+stages do not compute exited samples. Where moving them costs more than that saves, exited rows stay in the batch for a
+while, and their later outputs are discarded: see compaction_policy.py. A Cascade is made for one batch and holds all of
+its state, so any number of threads may run one network.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from ..heads.base import leave
 from ..heads.ensemble import Combination, combined
 from ..heads.rules import Rule
 from ..ops.types import Decisions
-from .compaction_policy import Compaction
+from .compaction_policy import CompactionPolicy
+from .segments import Stage, next_active_exits
 
-__all__ = ["Cascade", "Stage", "final_decisions", "run", "scores", "run_cascade", "write"]
-
-Stage = Callable[[Tensor], Tensor]
+__all__ = ["Cascade", "Stage", "final_decisions", "run", "run_cascade", "scores", "write_decisions"]
 
 
 def run(
@@ -35,17 +34,28 @@ def run(
     x: Tensor,
     num_classes: int,
     *,
-    compaction: Compaction | None = None,
+    compaction: CompactionPolicy | None = None,
     combination: Combination | None = None,
 ) -> Decisions:
-    """The answers to a batch, in input order.
+    """Run a batch through a network with exits.
 
-    A sample leaves at the first exit where its certainty is above the threshold; who never leaves gets the network's
-    own answer, with the exit number len(stages) - 1. If all thresholds are +inf that is everybody: log_probs are then
-    log_softmax of the network's logits, and carry their gradient.
+    A sample leaves at the first exit where its certainty is above the threshold. Samples that never leave get the
+    network's own answer, with the exit number M. If all thresholds are +inf, log_probs are log_softmax of the network's
+    logits and carry their gradient.
 
-    compaction: what moving costs; without it survivors are moved at every exit where somebody leaves. Answers are the
-    same, up to what the network's own convolutions round differently in batches of another size.
+    Args:
+        stages: The M+1 stages.
+        heads: The M heads.
+        rule: Turns scores into a certainty.
+        thresholds: [M]; +inf: the exit never fires, and its head is not computed.
+        x: A batch, as the first stage takes it.
+        num_classes: Number of classes.
+        compaction: When survivors are moved together; None: at every active exit at which a sample leaves. Decisions
+            are the same, up to what the network's own layers round differently in batches of another size.
+        combination: How exits answer together; None: each answers for itself.
+
+    Returns:
+        Decisions in input order.
     """
     return run_cascade(
         stages, heads, rule, thresholds, x, num_classes, compaction=compaction, combination=combination
@@ -60,14 +70,15 @@ def run_cascade(
     x: Tensor,
     num_classes: int,
     *,
-    compaction: Compaction | None = None,
+    compaction: CompactionPolicy | None = None,
     combination: Combination | None = None,
 ) -> Cascade:
-    """`run`, for those who want to know more than the answers."""
+    """Run a batch as `run` does, and return the finished cascade, whose log_probs() have the network's dtype."""
     cascade = Cascade(num_classes, compaction, combination)
     *early, last = stages
-    for stage, head, threshold, until in zip(early, heads, thresholds, _next_on(thresholds), strict=True):
-        x = cascade.exit(stage(x), head, rule, threshold, until)
+    exits = zip(early, heads, thresholds, next_active_exits(thresholds), strict=True)
+    for stage, head, threshold, next_active_exit in exits:
+        x = cascade.exit(stage(x), head, rule, threshold, next_active_exit)
         if cascade.done:
             return cascade
     cascade.finish(last(x))
@@ -75,9 +86,9 @@ def run_cascade(
 
 
 def scores(stages: Iterable[Stage], heads: Iterable[Head], x: Tensor) -> Iterator[Tensor]:
-    """The log-probabilities [B, K] float32 of every exit, nobody leaving; behind them those of the network itself.
+    """Yield the log-probabilities [B, K] float32 of every exit, then those of the network itself. No sample leaves.
 
-    One after the other, as the batch goes on: stages may overwrite the features that they are given.
+    They are computed one after the other as the batch goes on, since a stage may overwrite the features it is given.
     """
     *early, last = stages
     for stage, head in zip(early, heads, strict=True):
@@ -86,174 +97,187 @@ def scores(stages: Iterable[Stage], heads: Iterable[Head], x: Tensor) -> Iterato
     yield last(x).log_softmax(1).float()
 
 
-def _next_on(thresholds: Sequence[float]) -> list[int]:
-    """For every exit the number of the next one that is on, or of the end."""
-    end = len(thresholds)
-    following = [end] * end
-    for j in range(end - 1, 0, -1):
-        following[j - 1] = j if thresholds[j] < math.inf else following[j]
-    return following
-
-
 class Cascade:
-    """One batch on its way through a network: who is left, and what has been answered."""
+    """One batch on its way through a network: which samples survive, and the decisions about the others.
+
+    Args:
+        num_classes: Number of classes.
+        compaction: When survivors are moved together; None: at every active exit at which a sample leaves.
+        combination: How exits answer together. Its memory moves with the survivors, so `compaction` is not asked.
+    """
 
     __slots__ = (
-        "_combination", "_compaction", "_dtype", "_ids", "_left", "_memory", "_next", "_num_classes", "_out", "_paid",
-        "_result", "_rows", "_targets",
+        "_batch_size", "_carry_cost", "_combination", "_compaction", "_dtype", "_ids", "_memory", "_next_exit",
+        "_num_classes", "_out", "_out_rows", "_result", "_survivors",
     )  # fmt: skip
+    # Set at the first active exit:
+    _ids: Tensor  # which sample each row of the features is
+    _out_rows: Tensor  # the row of `_out` for each row of the features: `_ids`, but unread rows for exited samples
 
     def __init__(
-        self, num_classes: int, compaction: Compaction | None = None, combination: Combination | None = None
+        self, num_classes: int, compaction: CompactionPolicy | None = None, combination: Combination | None = None
     ) -> None:
         self._num_classes = num_classes
-        self._compaction = compaction if combination is None else None  # what is remembered moves with the survivors
+        self._compaction = compaction if combination is None else None
         self._combination = combination
-        self._memory: Tensor | None = None  # the combination's, of all samples of the batch
-        self._next = 0  # the number of the exit that comes next
-        self._rows = 0  # how many samples there were
-        self._left: int | None = None  # how many samples are still there; None as long as nobody could leave
-        self._ids: Tensor | None = None  # which one each row of the features is
-        self._targets: Tensor | None = None  # where it answers: who is carried along, where nobody reads
-        self._paid = 0.0  # for carrying, since survivors were moved last
+        self._memory: Tensor | None = None  # the combination's, for all samples of the batch
+        self._next_exit = 0  # number of the exit that comes next
+        self._batch_size = 0  # samples, known from the first active exit on
+        self._survivors: int | None = None  # how many of them have not left; None before the first active exit
         self._out: Decisions | None = None
-        self._dtype: torch.dtype | None = None
+        self._carry_cost = 0.0  # of exited rows since the last compaction
+        self._dtype: torch.dtype | None = None  # of log_softmax of the network's logits
         self._result: Decisions | None = None
 
     @property
     def done(self) -> bool:
-        """Has every sample its answer? Then later layers have nothing to do."""
+        """Whether every sample has its answer, so that later layers have nothing to do."""
         return self._result is not None
 
-    def exit(self, x: Tensor, head: Head, rule: Rule, threshold: float, until: int = 0) -> Tensor:
-        """Lets the sure ones among x leave; returns the others: x itself if the threshold is +inf, or if it pays to
-        carry on with all until the exit `until`, which is the next one that is on."""
-        number = self._next
-        self._next = number + 1
+    def exit(self, x: Tensor, head: Head, rule: Rule, threshold: float, next_active_exit: int = 0) -> Tensor:
+        """Let samples leave at the next exit.
+
+        Args:
+            x: Features of the batch as the last call returned it.
+            head: The head of this exit.
+            rule: Turns scores into a certainty.
+            threshold: Samples leave above it; +inf: nothing is computed.
+            next_active_exit: For the compaction policy: the number of the next exit that can fire.
+
+        Returns:
+            The survivors' features; x itself if the threshold is +inf, or if exited rows are carried on.
+        """
+        number = self._next_exit
+        self._next_exit = number + 1
         if threshold == math.inf:
             return x
-        out, ids = self._out, self._ids
-        if out is None or ids is None:
+        out = self._out
+        if out is None:
             rows, device = x.shape[0], x.device
             out = self._out = Decisions.empty(rows, self._num_classes, device)
-            ids = self._ids = self._targets = torch.arange(rows, device=device)
-            self._rows = self._left = rows
+            self._ids = self._out_rows = torch.arange(rows, device=device)
+            self._batch_size = self._survivors = rows
         if self._combination is not None:
-            x, self._ids = self._remembering(self._combination, x, head, rule, threshold, ids, out, number)
-            self._targets, self._left = self._ids, x.shape[0]
-        elif self.always_compacts(x, head, number, until):
-            x, self._ids = head.step(x, threshold, ids, out, rule=rule, exit=number)
-            self._targets, self._left = self._ids, x.shape[0]
+            x, self._ids = self._combined_step(self._combination, x, head, rule, threshold, out, number)
+            self._out_rows, self._survivors = self._ids, x.shape[0]
+        elif self._always_compacts(x, head, number, next_active_exit):
+            x, self._ids = head.step(x, threshold, self._ids, out, rule=rule, exit=number)
+            self._out_rows, self._survivors = self._ids, x.shape[0]
         else:
-            x = self._leave(x, head, rule, threshold, ids, out, number, until)
-        if self._left == 0:
+            x = self._decide(x, head, rule, threshold, out, number, next_active_exit)
+        if self._survivors == 0:
             self._result, self._dtype = self._read(out), _dtype_of_log_softmax(x)
         return x
 
-    def _remembering(
-        self,
-        combination: Combination,
-        x: Tensor,
-        head: Head,
-        rule: Rule,
-        threshold: float,
-        ids: Tensor,
-        out: Decisions,
-        number: int,
+    def _combined_step(
+        self, combination: Combination, x: Tensor, head: Head, rule: Rule, threshold: float, out: Decisions, number: int
     ) -> tuple[Tensor, Tensor]:
-        known = None if self._memory is None else self._memory[ids]
-        answer, certainty, memory = combined(combination, head, rule, x, known, number)
-        if self._memory is None:  # the first exit that is on: nobody has left
+        """Head.step, for exits that answer together: the survivors' features and ids."""
+        ids = self._ids
+        memory = None if self._memory is None else self._memory[ids]
+        log_probs, certainty, memory = combined(combination, head, rule, x, memory, number)
+        if self._memory is None:  # the first active exit: all samples are there
             self._memory = memory.clone()
         else:
             self._memory[ids] = memory
-        return leave(x, answer, certainty, threshold, ids, out, number)
+        return leave(x, log_probs, certainty, threshold, ids, out, number)
 
-    def always_compacts(self, x: Tensor, head: Head, number: int, until: int) -> bool:
-        """Would survivors be moved even if only one sample left?"""
+    def _always_compacts(self, x: Tensor, head: Head, number: int, next_active_exit: int) -> bool:
+        """Whether the batch is compacted here even if only one sample leaves."""
         rows = x.shape[0]
         if self._compaction is None or rows < 2 or type(head).decide is Head.decide:
-            return rows == self._left
-        return rows == self._left and self._compaction.pays(number, until, rows, rows - 1)
+            return rows == self._survivors
+        return rows == self._survivors and self._compaction.should_compact(number, next_active_exit, rows, rows - 1)
 
-    def _leave(
-        self, x: Tensor, head: Head, rule: Rule, threshold: float, ids: Tensor, out: Decisions, number: int, until: int
+    def _decide(
+        self, x: Tensor, head: Head, rule: Rule, threshold: float, out: Decisions, number: int, next_active_exit: int
     ) -> Tensor:
-        assert self._compaction is not None and self._targets is not None
-        rows = x.shape[0]
-        staying = head.decide(x, threshold, self._targets, out, rule=rule, exit=number)
-        if len(staying) == rows == self._left:
+        """Let samples leave, then ask the policy whether to compact."""
+        assert self._compaction is not None
+        rows, ids = x.shape[0], self._ids
+        staying = head.decide(x, threshold, self._out_rows, out, rule=rule, exit=number)
+        if len(staying) == rows == self._survivors:
             return x
-        stays = out.exit[ids] < 0  # by the rows that count: who is carried has an answer there
-        left = self._left = int(stays.sum())
-        if left == 0:
+        survives = out.exit[ids] < 0  # also tells survivors from rows that have exited before and were carried on
+        survivors = self._survivors = len(staying) if rows == self._survivors else int(survives.sum())
+        if survivors == 0:
             return x
-        if self._compaction.pays(number, until, rows, left, self._paid):
-            self._paid = 0.0
-            x, kept = ops.compact(x, stays)
-            self._ids = self._targets = ids[kept]
+        if self._compaction.should_compact(number, next_active_exit, rows, survivors, self._carry_cost):
+            self._carry_cost = 0.0
+            x, kept = ops.compact(x, survives)
+            self._ids = self._out_rows = ids[kept]
         else:
-            self._paid += self._compaction.carrying(number, until, rows, left)
-            self._make_room_for_carried(out)
-            self._targets = torch.where(stays, ids, ids + self._rows)
+            self._carry_cost += self._compaction.carry_cost(number, next_active_exit, rows, survivors)
+            self._make_room_for_exited(out)
+            self._out_rows = torch.where(survives, ids, ids + self._batch_size)
         return x
 
-    def _make_room_for_carried(self, out: Decisions) -> None:
-        """Most batches carry nobody: they are spared the second half, and the copy of the first in the end."""
-        if out.exit.shape[0] > self._rows:
+    def _make_room_for_exited(self, out: Decisions) -> None:
+        """Double `_out`: the later outputs of exited rows go to the second half. Few batches need that."""
+        if out.exit.shape[0] > self._batch_size:
             return
-        self._out = Decisions.empty(2 * self._rows, self._num_classes, out.exit.device)
-        write(self._out, slice(self._rows), out)
+        self._out = Decisions.empty(2 * self._batch_size, self._num_classes, out.exit.device)
+        write_decisions(self._out, slice(self._batch_size), out)
 
     def finish(self, logits: Tensor) -> None:
-        """The network's own answer to the samples that are left, under the next exit's number."""
+        """Give the samples that are left the network's own answer, with the number of the next exit."""
         log_probs = logits.log_softmax(1)
         self._dtype = log_probs.dtype
-        out, ids, targets = self._out, self._ids, self._targets
-        if self._combination is not None and self._memory is not None and ids is not None:
-            logits, _ = self._combination(log_probs.float(), self._memory[ids], self._next, True)
+        out = self._out
+        if self._combination is not None and self._memory is not None:
+            logits, _ = self._combination(log_probs.float(), self._memory[self._ids], self._next_exit, True)
             log_probs = logits
-        answers = final_decisions(logits, log_probs, self._next)
-        if out is None or targets is None or self._left == self._rows:
-            self._result = answers
+        decisions = final_decisions(logits, log_probs, self._next_exit)
+        if out is None or self._survivors == self._batch_size:
+            self._result = decisions
             return
-        write(out, targets, answers)
+        write_decisions(out, self._out_rows, decisions)
         self._result = self._read(out)
 
     def _read(self, out: Decisions) -> Decisions:
-        """Without the rows that nobody reads. Copies: a view would keep them."""
-        if out.exit.shape[0] == self._rows:
+        """The decisions about the batch, without the half for exited rows. Copies: a view would keep that half."""
+        if out.exit.shape[0] == self._batch_size:
             return out
-        return Decisions(*(column[: self._rows].clone() for column in out if column is not None))
+        return Decisions(*(column[: self._batch_size].clone() for column in out if column is not None))
 
     def log_probs(self) -> Tensor:
-        """Those of the result, in the dtype of log_softmax of the network's logits, or what it would have been."""
+        """Log-probabilities of the result, in the dtype that log_softmax of the network's logits has or would have."""
         log_probs = self.result().log_probs
         assert log_probs is not None
         return log_probs.to(self._dtype)
 
     def result(self) -> Decisions:
-        """The answers, in input order."""
+        """Return the decisions in input order.
+
+        Raises:
+            RuntimeError: Some samples have no answer yet.
+        """
         if self._result is None:
-            left = "all" if self._left is None else self._left
-            raise RuntimeError(f"{left} samples have no answer yet; it takes their logits to give them one")
+            count = "all" if self._survivors is None else self._survivors
+            raise RuntimeError(f"{count} samples have no answer yet; it takes their logits to give them one")
         return self._result
 
 
-def final_decisions(logits: Tensor, log_probs: Tensor, number: int) -> Decisions:
-    """The network's own, under an exit number. log_probs: log_softmax of the logits, in whatever dtype it has."""
+def final_decisions(logits: Tensor, log_probs: Tensor, exit: int) -> Decisions:
+    """The network's own decisions.
+
+    Args:
+        logits: [B, K].
+        log_probs: log_softmax of the logits, in any dtype.
+        exit: The exit number to give them: M, the number of exits.
+    """
     # Of the logits: rounding can make equal in log_probs what is not.
     prediction = logits.detach().argmax(1)
     log_probs = log_probs.float()
     confidence = log_probs.detach().amax(1).exp()
-    return Decisions(prediction, confidence, torch.full_like(prediction, number), log_probs)
+    return Decisions(prediction, confidence, torch.full_like(prediction, exit), log_probs)
 
 
-def write(out: Decisions, ids: Tensor | slice, answers: Decisions) -> None:
-    """Answers into the rows of `out` that ids name."""
-    for column, values in zip(out, answers, strict=True):
+def write_decisions(out: Decisions, rows: Tensor | slice, decisions: Decisions) -> None:
+    """Write decisions into these rows of `out`."""
+    for column, values in zip(out, decisions, strict=True):
         assert column is not None and values is not None
-        column[ids] = values.detach()
+        column[rows] = values.detach()
 
 
 def _dtype_of_log_softmax(x: Tensor) -> torch.dtype:

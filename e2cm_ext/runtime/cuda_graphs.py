@@ -1,26 +1,25 @@
-"""Cascades in fixed shapes: every stage and exit at a few batch sizes only, each captured once as a CUDA graph.
+"""The cascade at fixed batch sizes: every segment of the network is captured as a CUDA graph for a few of them.
 
-A kernel launched by Python costs some microseconds of the host, and a network with exits has hundreds: at small batches
-that is most of the time. A graph replays all of them in one call, but its shapes are fixed. Two ways to live with that:
+A kernel launched from Python costs the host some microseconds, and a network with exits has hundreds of them: at small
+batches that is most of the time. A graph replays all of them in one call, but its shapes are fixed. There are two ways
+to live with that:
 
-- mode="bucket": survivors are moved together at every exit, as in cascade.py, and the next stage runs at the smallest
-  of the given sizes that holds them; rows that are too many are ignored. The host is told at each exit how many are
-  left.
-- mode="masked": nobody is moved. All samples go through the whole network, those that have left are passed over by
-  later exits. Nothing is saved but launches: for latency, where the host must never wait, and as the yardstick of what
-  moving costs.
+- mode="bucket": survivors are moved together at every active exit, as in cascade.py, and the next segment runs at the
+  smallest of the given sizes that holds them; the outputs of the rows left over are ignored. At each exit the host
+  waits to learn how many samples are left.
+- mode="masked": no sample is moved. All rows go through the whole network, and later exits skip those that have exited.
+  That saves launches and nothing else: for latency, where the host must never wait, and as a measure of what compaction
+  costs.
 
-On other devices the same code runs without graphs. The network must not look at its numbers to decide what it does.
+On other devices the same code runs without graphs. The network must not branch on the values of its tensors.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..heads.base import Head
@@ -28,6 +27,7 @@ from ..heads.rules import Confidence, Entropy, Rule
 from ..ops.types import Decisions
 from ..stages import Stages
 from .cascade import final_decisions
+from .segments import Segment, segments
 
 __all__ = ["MODES", "FixedCascade"]
 
@@ -35,11 +35,24 @@ MODES = ("bucket", "masked")
 
 
 class FixedCascade:
-    """A network with exits, for batches of up to the largest of `sizes`; answers are those of cascade.run, up to what
-    the network's own layers round differently in batches of another size.
+    """A network with exits that runs in CUDA graphs, at a few batch sizes.
 
-    Thresholds are captured with the rest: for others, make another one. One at a time: a FixedCascade owns the memory
-    that its graphs read and write. `example`: a batch, of which the shape and the device of a sample are taken.
+    Decisions are those of cascade.run, up to what the network's own layers round differently in batches of another
+    size. Thresholds are captured with the rest: for others, make another FixedCascade. It owns the memory that its
+    graphs read and write, so only one thread may call it at a time.
+
+    Args:
+        stages: The M+1 stages.
+        heads: The M heads.
+        rule: Turns scores into a certainty.
+        thresholds: [M]; +inf: the exit never fires, and its head is not computed.
+        example: A batch, of which the shape and the device of a sample are taken.
+        num_classes: Number of classes.
+        sizes: The batch sizes to capture; the largest is the most samples that a call may have.
+        mode: "bucket" or "masked".
+
+    Raises:
+        ValueError: An argument does not fit the others.
     """
 
     def __init__(
@@ -58,26 +71,26 @@ class FixedCascade:
         self.sizes = sorted(set(sizes))
         if not self.sizes or self.sizes[0] < 1:
             raise ValueError(f"`sizes` is {list(sizes)}; wanted batch sizes of 1 or more")
-        *early, last = stages
-        if not len(early) == len(heads) == len(thresholds):
+        exits = len(stages) - 1
+        if not exits == len(heads) == len(thresholds):
             raise ValueError(
-                f"`thresholds` has {len(thresholds)} numbers and `heads` {len(heads)} heads, for {len(early)} exits"
+                f"`thresholds` has {len(thresholds)} numbers and `heads` {len(heads)} heads, for {exits} exits"
             )
         self._rule, self._num_classes, self._mode = rule, num_classes, mode
-        self._last_exit = len(early)
-        exits: list[_Part] = []
-        waiting: list[Callable[[Tensor], Tensor]] = []
-        for number, (stage, head, threshold) in enumerate(zip(early, heads, thresholds, strict=True)):
-            waiting.append(stage)
-            if threshold != math.inf:
-                exits.append(_Part(tuple(waiting), head, threshold, number))
-                waiting = []
-        self._parts = [*exits, _Part((*waiting, last), None, math.inf, self._last_exit)]
+        self._segments = segments(stages, heads, thresholds)
         self._example = example[:1]
-        self._steps: dict[tuple[int, int], _Step] = {}
+        self._captured: dict[tuple[int, int], _Captured] = {}
 
     @torch.inference_mode()
     def __call__(self, x: Tensor) -> Decisions:
+        """Run a batch.
+
+        Args:
+            x: At most as many samples as the largest of `sizes`.
+
+        Returns:
+            Decisions in input order.
+        """
         rows = x.shape[0]
         if rows > self.sizes[-1]:
             raise ValueError(f"`x` has {rows} samples; wanted at most {self.sizes[-1]}, the largest of `sizes`")
@@ -92,125 +105,117 @@ class FixedCascade:
         return self._masked(x, out) if self._mode == "masked" else self._in_buckets(x, out)
 
     def _masked(self, x: Tensor, out: Decisions) -> Decisions:
-        step = self._step(self._parts, 0, x)
-        step.run(x)
-        for column, of_step in zip(out, step.out, strict=True):
-            assert column is not None and of_step is not None
-            column.copy_(of_step[: x.shape[0]])
+        captured = self._get(self._segments, 0, x)
+        captured.run(x)
+        for column, values in zip(out, captured.out, strict=True):
+            assert column is not None and values is not None
+            column.copy_(values[: x.shape[0]])
         return out
 
     def _in_buckets(self, x: Tensor, out: Decisions) -> Decisions:
         ids = torch.arange(x.shape[0], device=x.device)
-        for number, part in enumerate(self._parts):
+        for number, segment in enumerate(self._segments):
             rows = x.shape[0]
-            step = self._step([part], number, x)
-            step.run(x)
-            waits = step.waiting[:rows]
-            stay = waits.nonzero().flatten()  # here the host learns how many
-            gone = ids if len(stay) == 0 else ids[~waits]
-            for column, of_step in zip(out, step.out, strict=True):
-                assert column is not None and of_step is not None
-                column[gone] = of_step[:rows] if len(stay) == 0 else of_step[:rows][~waits]
-            if len(stay) == 0:
+            captured = self._get([segment], number, x)
+            captured.run(x)
+            pending = captured.pending[:rows]
+            staying = pending.nonzero().flatten()  # here the host waits
+            none_stays = len(staying) == 0
+            leaving_ids = ids if none_stays else ids[~pending]
+            for column, values in zip(out, captured.out, strict=True):
+                assert column is not None and values is not None
+                column[leaving_ids] = values[:rows] if none_stays else values[:rows][~pending]
+            if none_stays:
                 break
-            x, ids = step.features[:rows].index_select(0, stay), ids.index_select(0, stay)
+            x, ids = captured.features[:rows].index_select(0, staying), ids.index_select(0, staying)
         return out
 
-    def _step(self, parts: list[_Part], number: int, x: Tensor) -> _Step:
-        """For parts that begin with this number, at the smallest size that holds x."""
+    def _get(self, segments: list[Segment[nn.Module]], number: int, x: Tensor) -> _Captured:
+        """For segments that begin with this number, at the smallest size that holds x."""
         size = next(size for size in self.sizes if size >= x.shape[0])
         key = number, size
-        if key not in self._steps:
-            self._steps[key] = _Step(parts, self._rule, size, x, self._num_classes)
-        return self._steps[key]
+        if key not in self._captured:
+            self._captured[key] = _Captured(segments, self._rule, size, x, self._num_classes)
+        return self._captured[key]
 
 
-class _Part:
-    """The stages up to the next exit that can fire, and that exit; or those up to the end."""
+class _Captured:
+    """Segments that follow each other, at one batch size, in memory of their own; captured at the first run."""
 
-    def __init__(self, stages: tuple[Any, ...], head: Head | None, threshold: float, number: int) -> None:
-        self.stages, self.head, self.threshold, self.number = stages, head, threshold, number
-
-    def features(self, x: Tensor) -> Tensor:
-        for stage in self.stages:
-            x = stage(x)
-        return x
-
-
-class _Step:
-    """Parts that follow each other, at one batch size, in memory of their own: captured at the first run."""
-
-    def __init__(self, parts: list[_Part], rule: Rule, size: int, example: Tensor, num_classes: int) -> None:
-        self._parts, self._rule = parts, rule
+    def __init__(
+        self, segments: list[Segment[nn.Module]], rule: Rule, size: int, example: Tensor, num_classes: int
+    ) -> None:
+        self._segments, self._rule = segments, rule
         device = example.device
-        self._input = self.features = _room_for(example, size)
+        self._input = self.features = _zero_batch(example, size)
         self._rows = torch.arange(size, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self.waiting = torch.zeros(size, dtype=torch.bool, device=device)
+        self.pending = torch.zeros(size, dtype=torch.bool, device=device)
         self.out = Decisions.empty(size, num_classes, device)
 
     def run(self, x: Tensor) -> None:
-        """Answers those of x that leave, into `out`; who does not is still `waiting`, with `features`."""
+        """Write the decisions about those that leave into `out`; the others are still `pending`, with `features`."""
         if self._graph is None and x.is_cuda:
             self._capture(x)
         self._load(x)
         if self._graph is None:
-            self._work()
+            self._compute()
         else:
             self._graph.replay()
 
     def _load(self, x: Tensor) -> None:
         rows = x.shape[0]
         self._input[:rows].copy_(x)
-        self.waiting.fill_(False)
-        self.waiting[:rows] = True
+        self.pending.fill_(False)
+        self.pending[:rows] = True
 
     def _capture(self, x: Tensor) -> None:
-        """Twice for real before, so that libraries choose their kernels and reserve their memory."""
+        """After two runs without a graph, in which libraries choose their kernels and reserve their memory."""
         with torch.cuda.device(x.device):
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     self._load(x)
-                    self._work()
+                    self._compute()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._work()
+                self._compute()
             self._graph = graph
 
-    def _work(self) -> None:
+    def _compute(self) -> None:
         self.features = self._input
-        for part in self._parts:
-            self.features = part.features(self.features)
-            self._answer(part)
+        for segment in self._segments:
+            for stage in segment.stages:
+                self.features = stage(self.features)
+            self._decide(segment)
 
-    def _answer(self, part: _Part) -> None:
-        if part.head is None:
+    def _decide(self, segment: Segment[nn.Module]) -> None:
+        if segment.head is None:
             logits = self.features
-            _write(self.waiting, self.out, final_decisions(logits, logits.log_softmax(1), part.number))
-            self.waiting.fill_(False)
+            _write_where(self.pending, self.out, final_decisions(logits, logits.log_softmax(1), segment.exit))
+            self.pending.fill_(False)
             return
-        log_probs = part.head(self.features)
+        log_probs = segment.head(self.features)
         if isinstance(self._rule, Confidence | Entropy):
-            limit, name = self._rule.limit(part.threshold), self._rule.name
-            ops.decide_masked(log_probs, limit, self.waiting, self._rows, self.out, rule=name, exit=part.number)
+            limit, name = self._rule.limit(segment.threshold), self._rule.name
+            ops.decide_masked(log_probs, limit, self.pending, self._rows, self.out, rule=name, exit=segment.exit)
             return
-        leaving = (self._rule.certainty(log_probs) > part.threshold) & self.waiting
-        _write(leaving, self.out, final_decisions(log_probs, log_probs, part.number))
-        self.waiting.logical_and_(~leaving)
+        leaving = (self._rule.certainty(log_probs) > segment.threshold) & self.pending
+        _write_where(leaving, self.out, final_decisions(log_probs, log_probs, segment.exit))
+        self.pending.logical_and_(~leaving)
 
 
-def _write(where: Tensor, out: Decisions, answers: Decisions) -> None:
-    for column, values in zip(out, answers, strict=True):
+def _write_where(mask: Tensor, out: Decisions, decisions: Decisions) -> None:
+    for column, values in zip(out, decisions, strict=True):
         assert column is not None and values is not None
-        chosen = where if values.dim() == 1 else where[:, None]
+        chosen = mask if values.dim() == 1 else mask[:, None]
         column.copy_(torch.where(chosen, values, column))
 
 
-def _room_for(example: Tensor, size: int) -> Tensor:
-    """Zeros in the shape and the memory order of its samples."""
+def _zero_batch(example: Tensor, size: int) -> Tensor:
+    """Zeros in the shape and the memory format of its samples."""
     shape = (size, *example.shape[1:])
     if example.dim() == 4 and example[:1].is_contiguous(memory_format=torch.channels_last):
         return torch.zeros(shape, dtype=example.dtype, device=example.device).contiguous(

@@ -21,7 +21,7 @@ from ..ops.types import Decisions
 from ..stages import Costs, Stages
 from ..stages.compiled import Compiled
 from . import cascade
-from .compaction_policy import Compaction
+from .compaction_policy import CompactionPolicy
 from .stream import Stream
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ExitModule(nn.Module):
     # Exits that are off take no part in a combination, so a record, in which all exits are on, predicts what happens as
     # long as all thresholds are finite: `calibrate` sees to it.
     combination: Combination | None
-    compaction: Compaction  # when survivors are moved together: by FLOPs, or by the last profile; not saved
+    compaction: CompactionPolicy  # when survivors are moved together: by FLOPs, or by the last profile; not saved
     _compiled: Compiled | None = None  # what `compile` made of the stages; not saved, not copied
 
     @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside of it
@@ -79,7 +79,7 @@ class ExitModule(nn.Module):
         self.image_shape, self.image_dtype = image_shape, image_dtype
         self.combination, self.labelled = combination, labelled
         self.register_buffer("thresholds", torch.full((len(heads),), math.inf, dtype=torch.float32, device=device))
-        self.compaction = Compaction.by_flops(
+        self.compaction = CompactionPolicy.from_flops(
             costs.stages, [image_dtype.itemsize * math.prod(head.feature_shape) for head in heads]
         )
         # Looked at before every batch: has a user put the model, which shares these modules, into train mode?
@@ -198,7 +198,7 @@ class ExitModule(nn.Module):
             self.num_classes,
             batch_size=batch_size,
             max_wait=max_wait,
-            ready=self._check_eval_mode,
+            before_run=self._check_eval_mode,
         )
         images = self.batches(loader, progress).images("predict")
         return stream.in_order(images) if order is True else stream.completed(images)

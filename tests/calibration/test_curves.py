@@ -340,7 +340,7 @@ def test_any_number_of_threads(threads):
 def test_a_target_does_not_depend_on_its_piece(monkeypatch):
     record = random_record(500, 4)
     expected = searched(record, 30)
-    monkeypatch.setattr(search, "_SECONDS", 0.0)  # as few at a time as there are threads
+    monkeypatch.setattr(search, "_CALL_SECONDS", 0.0)  # as few at a time as there are threads
     assert same_points(searched(record, 30), expected)
 
 
@@ -422,11 +422,11 @@ def number(point: OperatingPoint) -> float:
 def test_time_sharing_by_hand():
     point = curve_by_hand().at(0.25)
     assert (point.flops, number(point), number(point.other)) == (0.25, 0, 1)
-    assert point.share == pytest.approx(0.75)  # .75 * .2 + .25 * .4 = .25
+    assert point.probability == pytest.approx(0.75)  # .75 * .2 + .25 * .4 = .25
     assert point.accuracy == pytest.approx(0.75 * 0.5 + 0.25 * 0.8)
     point = curve_by_hand().at(0.85)
     assert (number(point), number(point.other)) == (1, 3)
-    assert point.share == pytest.approx(0.25)
+    assert point.probability == pytest.approx(0.25)
     assert point.accuracy == pytest.approx(0.25 * 0.8 + 0.75 * 0.9)
     assert str(point) == (
         "accuracy 0.8750 at FLOPs 0.8500: 25.0% of the samples by one threshold vector, "
@@ -438,7 +438,7 @@ def test_time_sharing_by_hand():
 def test_corners_need_no_time_sharing(flops, which):
     point = curve_by_hand().at(flops)
     assert number(point) == which
-    assert (point.share, point.other) == (1.0, None)
+    assert (point.probability, point.other) == (1.0, None)
     assert str(point) == f"accuracy {point.accuracy:.4f} at FLOPs {point.flops:.4f}"
 
 
@@ -461,10 +461,12 @@ def test_time_sharing_keeps_to_the_budget_and_gains_by_it(record, flops):
     assert point.accuracy >= single.accuracy - 1e-12
     if point.other is not None:
         assert point.flops == flops
-        assert 0 < point.share < 1
+        assert 0 < point.probability < 1
         first, second = record.replay(point.thresholds), record.replay(point.other.thresholds)
-        assert point.share * first.flops + (1 - point.share) * second.flops == pytest.approx(flops)
-        assert point.share * first.accuracy + (1 - point.share) * second.accuracy == pytest.approx(point.accuracy)
+        assert point.probability * first.flops + (1 - point.probability) * second.flops == pytest.approx(flops)
+        assert point.probability * first.accuracy + (1 - point.probability) * second.accuracy == pytest.approx(
+            point.accuracy
+        )
         assert first.flops < flops  # so that whoever knows no time sharing stays within the budget
 
 

@@ -18,12 +18,12 @@ from e2cm_ext.calibration import binomial, guarantee
 from e2cm_ext.calibration.curves import curve
 from e2cm_ext.calibration.guarantee import (
     GuaranteedPoint,
+    difference_cdf,
+    fixed_sequence_test,
     guaranteed,
     lost_and_gained,
     p_value,
-    passing,
     samples_needed,
-    tail,
 )
 from e2cm_ext.calibration.record import Record
 
@@ -39,10 +39,10 @@ chances = st.floats(0, 1, allow_subnormal=False)
 
 @given(st.integers(0, 400), st.lists(chances, min_size=1, max_size=3), st.integers(0, 500))
 def test_binomial_probabilities_are_scipys(n, p, upto):
-    found = binomial.probabilities(n, p)
+    found = binomial.pmf(n, p)
     expected = stats.binom.pmf(np.arange(n + 1), n, np.array(p)[:, None])
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-13)
-    np.testing.assert_allclose(binomial.probabilities(n, p[0], upto), expected[0, : upto + 1], rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(binomial.pmf(n, p[0], upto), expected[0, : upto + 1], rtol=1e-9, atol=1e-13)
 
 
 @given(st.integers(1, 500), st.data(), st.sampled_from([0.3, 0.05, 0.001]))
@@ -73,7 +73,9 @@ def convolved(difference: int, n: int, epsilon: float, either: float) -> float:
 def test_the_tail_is_that_of_a_sum(n, data, epsilon, share):
     difference = data.draw(st.integers(-n, n))
     either = epsilon + share * ((1 + epsilon**2) / 2 - epsilon)
-    assert tail(difference, n, epsilon, either) == pytest.approx(convolved(difference, n, epsilon, either), abs=1e-10)
+    assert difference_cdf(difference, n, epsilon, either) == pytest.approx(
+        convolved(difference, n, epsilon, either), abs=1e-10
+    )
 
 
 @given(st.integers(2, 60), st.data(), st.floats(0.01, 0.4), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
@@ -84,7 +86,7 @@ def test_the_tail_is_largest_at_the_corner_that_the_test_takes(n, data, epsilon,
     limit = epsilon + share * ((1 + epsilon**2) / 2 - epsilon)
     either = epsilon + part * (limit - epsilon)
     risk = epsilon + more * (either - epsilon)
-    assert convolved(difference, n, risk, either) <= tail(difference, n, epsilon, limit) + 1e-10
+    assert convolved(difference, n, risk, either) <= difference_cdf(difference, n, epsilon, limit) + 1e-10
 
 
 @given(st.integers(1, 60), st.data(), st.floats(0.01, 0.4), st.sampled_from([0.2, 0.05]))
@@ -176,7 +178,7 @@ def p_values() -> np.ndarray:
 
 
 def test_a_sequence_of_tests_errs_no_more_often_than_one():
-    accepted = np.array([len(passing(row, DELTA)) for row in p_values()])
+    accepted = np.array([len(fixed_sequence_test(row, DELTA)) for row in p_values()])
     assert (accepted > 2).mean() <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / RUNS)
     assert (accepted > 2).mean() > DELTA / 4  # and is no more careful than it must be
     assert (accepted >= 1).mean() > 0.9

@@ -17,7 +17,8 @@ from test_record import random_record, records, thresholds_for
 
 from e2cm_ext import Confidence, EarlyExit, Profile, TimedPoint, curve, fast_exit
 from e2cm_ext.calibration import profile
-from e2cm_ext.calibration.profile import drop_unprofitable_exits, fastest, measure
+from e2cm_ext.calibration.latency import drop_unprofitable_exits, fastest
+from e2cm_ext.calibration.profiler import measure
 from e2cm_ext.heads import Head
 from e2cm_ext.stages.flops import Costs
 

@@ -77,7 +77,7 @@ def test_mean_accuracy_is_the_mean_of_the_best_mixtures(points, budgets):
 
 def searched(record: Record, count: int | None, budgets: tuple[float, float] = (0.0, 1.0)) -> tuple[int, ...]:
     with tqdm(disable=True) as bar:
-        return selection._Choice(record, budgets, bar).search(count)
+        return selection._SubsetSearch(record, budgets, bar).search(count)
 
 
 SLACK = 1e-3  # the search looks at 21 prices, and `worth` at a whole curve: they may see another order

@@ -16,7 +16,7 @@ from e2cm_ext import ClassMeans, Decisions, Head, PooledMeans, Rule, Stages, Whi
 from e2cm_ext.heads.rules import Confidence, Entropy
 from e2cm_ext.ops import reference
 from e2cm_ext.runtime import cascade
-from e2cm_ext.runtime.compaction_policy import Compaction
+from e2cm_ext.runtime.compaction_policy import CompactionPolicy
 
 CONFIDENCE, ENTROPY = Confidence(), Entropy()
 
@@ -349,11 +349,11 @@ def test_in_company_with_real_convolutions():
 # ---- carrying leavers along -----------------------------------------------------------------------
 
 
-def tables(seed: int, exits: int, rows: int, scale: float) -> Compaction:
+def tables(seed: int, exits: int, rows: int, scale: float) -> CompactionPolicy:
     g = generator(seed)
     passed = torch.rand(exits + 1, rows + 1, generator=g).cumsum(0).cumsum(1)
     moving = scale * torch.rand(exits, rows + 1, generator=g).cumsum(1)
-    return Compaction(tuple(map(tuple, passed.tolist())), tuple(map(tuple, moving.tolist())))
+    return CompactionPolicy(tuple(map(tuple, passed.tolist())), tuple(map(tuple, moving.tolist())))
 
 
 class Moving(ClassMeans):
@@ -394,7 +394,7 @@ def test_leavers_are_carried_by_hand():
     was paid; he would leave again, with another answer, and is not heard."""
     stages, heads = scripted(0.0, 0.0, 0.0, 0.0, 0.0)
     heads = [Carries(head.answer) for head in heads]
-    costs = Compaction(tuple((0.0, float(j)) for j in range(1, 7)), ((3.5,) * 4,) * 5)
+    costs = CompactionPolicy(tuple((0.0, float(j)) for j in range(1, 7)), ((3.5,) * 4,) * 5)
     x = rows(0.9, 0.1, 0.2)
     out = cascade.run(stages, heads, CONFIDENCE, [0.8, 0.7, INF, 0.6, 0.6], x, 3, compaction=costs)
     assert [len(stage.seen[0]) for stage in stages] == [3, 3, 3, 3, 2, 2]

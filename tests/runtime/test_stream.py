@@ -239,8 +239,8 @@ def test_memory_is_bounded(sizes, thresholds, batch_size, max_wait, order):
             super()._run(j)
             assert before - self._pools[j].count == min(before, batch_size)
 
-        def _take(self, images):
-            super()._take(images)
+        def _receive(self, images):
+            super()._receive(images)
             assert all(pool.count <= batch_size // 2 for pool in self._pools)
             if max_wait is not None:
                 assert len(self._out.exit) <= 2 * (max_wait + 1) * max(sizes)
