@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
-from support.helpers import generator, same_bits
-from support.small import Interrupted, digits, images, loader, net, trained
+from support.networks import Interrupted, digits, images, loader, net, trained
+from support.tensors import generator, same_bits
 from torch import nn
 
 import e2cm_ext as e2cm

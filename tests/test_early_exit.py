@@ -17,8 +17,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.helpers import INF, NAN, assert_same_decisions, generator, same_bits
-from support.small import (
+from support.networks import (
     CLASSES,
     SHAPE,
     Interrupted,
@@ -26,15 +25,16 @@ from support.small import (
     Scripted,
     all_of,
     bits_of,
-    by_hand,
     digits,
     example_of,
     images,
     loader,
     net,
+    net_in_stages,
     samples,
     trained,
 )
+from support.tensors import INF, NAN, assert_same_decisions, generator, same_bits
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -267,7 +267,7 @@ def test_num_classes_is_checked():
 
 
 def test_stages_by_hand():
-    stages = by_hand()
+    stages = net_in_stages()
     ee = EarlyExit(stages, images(1), head="class_means")
     assert ee.stages is stages and ee.exit_names == ("near", "far")
     at_quantile(ee.fit(loader(), progress=False), 0.6)
@@ -1019,10 +1019,10 @@ def test_save_and_load_of_sixteen_bits_stages_and_an_unfitted_one(tmp_path):
     with pytest.raises(ValueError, match="not the same weights"):
         EarlyExit.load(tmp_path / "half", net().half().bfloat16())
 
-    parts = EarlyExit(by_hand(), images(1), exits=["far"]).fit(loader(), progress=False)
+    parts = EarlyExit(net_in_stages(), images(1), exits=["far"]).fit(loader(), progress=False)
     at_quantile(parts, 0.6).save(tmp_path / "stages")
     x = samples(30)
-    assert_same_decisions(EarlyExit.load(tmp_path / "stages", by_hand()).predict(x), parts.predict(x))
+    assert_same_decisions(EarlyExit.load(tmp_path / "stages", net_in_stages()).predict(x), parts.predict(x))
 
     wrapped(fitted=False).save(tmp_path / "empty")
     empty = EarlyExit.load(tmp_path / "empty", net())

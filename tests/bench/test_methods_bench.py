@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.small import all_of, digits
+from support.networks import all_of, digits
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import methods
@@ -20,7 +20,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
         arrays[f"x_{name}"] = ((x[:, 0] * 0.38 + 0.3) * 16 * 15).round().to(torch.uint8).numpy()
         arrays[f"y_{name}"] = y.numpy()
     np.savez(folder / "digits.npz", **arrays)
-    (folder / "networks.py").write_text("from small import trained\n")
+    (folder / "networks.py").write_text("from support.networks import trained\n")
     images = ["--mean", str(0.3 * 16 / 17), "--std", str(0.38 * 16 / 17), "--batch", "100", "--no-mirror"]
     images += ["--exits", "0.05", "0.3", "0.7"]
     where = [str(folder / "networks.py"), "trained()", str(folder / "digits.npz")]
@@ -74,7 +74,7 @@ def test_records_from_features_are_those_of_the_network():
 
 
 def methods_model():
-    from small import trained
+    from support.networks import trained
 
     return trained()
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, same_bits, seeds
-from test_record import by_hand, random_record, records
+from support.records import points_of, random_record, records, replay_by_hand, small_curve
+from support.tensors import INF, NAN, same_bits, seeds
 from torch import Tensor
 
 from e2cm_ext.calibration import search
@@ -138,7 +138,7 @@ def test_every_point_is_what_a_replay_says(record, seed):
         replay = record.replay(thresholds)
         assert float(flops) == replay.flops  # to the last bit
         assert float(accuracy) == replay.accuracy
-        assert replay.flops == pytest.approx(by_hand(record, thresholds)[2], rel=1e-12)
+        assert replay.flops == pytest.approx(replay_by_hand(record, thresholds)[2], rel=1e-12)
 
 
 # ---- what the search promises ----------------------------------------------------------------------------------------
@@ -392,11 +392,6 @@ def test_hull_against_scipy(pairs, spread):
     assert trapezoids == pytest.approx(area, rel=1e-9)
 
 
-def points_of(*pairs: tuple[float, float]) -> Points:
-    flops, accuracy = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)
-    return Points(flops, accuracy, torch.arange(len(pairs), dtype=torch.float32)[:, None])
-
-
 def test_front_and_hull_by_hand():
     points = points_of((0.5, 0.5), (0.2, 0.3), (0.2, 0.4), (0.3, 0.42), (0.6, 0.5), (0.8, 0.9), (1.0, 0.9), (0.4, 0.41))
     front = points.pick(search.pareto_front(points))
@@ -409,22 +404,16 @@ def test_front_and_hull_by_hand():
 # ---- what a curve answers --------------------------------------------------------------------------------------------
 
 
-def curve_by_hand() -> Curve:
-    """Corners 0, 1, 3; point 2 lies below the hull."""
-    front = points_of((0.2, 0.5), (0.4, 0.8), (0.6, 0.82), (1.0, 0.9))
-    return Curve(*front.pick([0, 1, 3]), base_accuracy=0.9, names=("a",), rule="confidence", front=front)
-
-
 def number(point: OperatingPoint) -> float:
     return point.thresholds.item()
 
 
 def test_time_sharing_by_hand():
-    point = curve_by_hand().at(0.25)
+    point = small_curve().at(0.25)
     assert (point.flops, number(point), number(point.other)) == (0.25, 0, 1)
     assert point.probability == pytest.approx(0.75)  # .75 * .2 + .25 * .4 = .25
     assert point.accuracy == pytest.approx(0.75 * 0.5 + 0.25 * 0.8)
-    point = curve_by_hand().at(0.85)
+    point = small_curve().at(0.85)
     assert (number(point), number(point.other)) == (1, 3)
     assert point.probability == pytest.approx(0.25)
     assert point.accuracy == pytest.approx(0.25 * 0.8 + 0.75 * 0.9)
@@ -436,7 +425,7 @@ def test_time_sharing_by_hand():
 
 @pytest.mark.parametrize(("flops", "which"), [(0.2, 0), (0.4, 1), (1.0, 3), (1.01, 3), (INF, 3)])
 def test_corners_need_no_time_sharing(flops, which):
-    point = curve_by_hand().at(flops)
+    point = small_curve().at(flops)
     assert number(point) == which
     assert (point.probability, point.other) == (1.0, None)
     assert str(point) == f"accuracy {point.accuracy:.4f} at FLOPs {point.flops:.4f}"
@@ -445,9 +434,9 @@ def test_corners_need_no_time_sharing(flops, which):
 @pytest.mark.parametrize("ask", ["at", "best_within"])
 def test_budgets_that_cannot_be_met(ask):
     with pytest.raises(ValueError, match=r"`flops` is 0.19; the cheapest there is costs 0.2 .* \(accuracy 0.5000\)"):
-        getattr(curve_by_hand(), ask)(0.19)
+        getattr(small_curve(), ask)(0.19)
     with pytest.raises(ValueError, match="`flops` is NaN"):
-        getattr(curve_by_hand(), ask)(NAN)
+        getattr(small_curve(), ask)(NAN)
 
 
 @given(records(exits=(1, 2, 3)), st.floats(0, 1.2))
@@ -474,7 +463,7 @@ def test_time_sharing_keeps_to_the_budget_and_gains_by_it(record, flops):
     ("flops", "which"), [(0.2, 0), (0.39, 0), (0.4, 1), (0.59, 1), (0.6, 2), (0.99, 2), (1, 3), (5, 3)]
 )
 def test_best_single_vector_within_a_budget(flops, which):
-    point = curve_by_hand().best_within(flops=flops)
+    point = small_curve().best_within(flops=flops)
     assert number(point) == which
     assert point.other is None
 
@@ -483,19 +472,19 @@ def test_best_single_vector_within_a_budget(flops, which):
     ("drop", "which"), [(0, 3), (0.0799, 3), (0.9 - 0.82, 2), (0.1, 1), (0.3999, 1), (0.4, 0), (1, 0)]
 )
 def test_cheapest_within_a_drop_of_accuracy(drop, which):
-    assert number(curve_by_hand().within(accuracy_drop=drop)) == which
+    assert number(small_curve().within(accuracy_drop=drop)) == which
 
 
 def test_drops_that_cannot_be():
     with pytest.raises(ValueError, match=r"`accuracy_drop` is -0.1; the least on this curve is 0 \(accuracy 0.9000"):
-        curve_by_hand().within(-0.1)
+        small_curve().within(-0.1)
     with pytest.raises(ValueError, match="`accuracy_drop` is NaN"):
-        curve_by_hand().within(NAN)
+        small_curve().within(NAN)
 
 
 def test_points_are_their_own():
     """Writing into a point's thresholds leaves the curve as it was."""
-    found = curve_by_hand()
+    found = small_curve()
     found.at(0.4).thresholds.fill_(77)
     assert number(found.at(0.4)) == 1
 
@@ -511,7 +500,7 @@ def test_text():
         [float(found.flops[0]), float(found.accuracy[0])], abs=1e-4
     )
     assert int(cells[3]) == int(found.thresholds[0].isfinite().sum() + found.thresholds[0].isneginf().sum())
-    assert repr(curve_by_hand()) == "Curve(3 points, FLOPs 0.2000 to 1.0000, accuracy 0.5000 to 0.9000, base 0.9000)"
+    assert repr(small_curve()) == "Curve(3 points, FLOPs 0.2000 to 1.0000, accuracy 0.5000 to 0.9000, base 0.9000)"
 
 
 # ---- on another record -----------------------------------------------------------------------------------------------

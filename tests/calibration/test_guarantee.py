@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from support.helpers import INF, generator, seeds
-from test_record import random_record
+from support.records import random_record
+from support.tensors import INF, generator, seeds
 
 from e2cm_ext.calibration import binomial, guarantee
 from e2cm_ext.calibration.curves import curve

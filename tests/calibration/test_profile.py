@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, generator
-from support.small import digits, loader, net, samples, trained
-from test_fast_exit import ByHand
-from test_record import random_record, records, thresholds_for
+from support.fast_exits import NetWithExits
+from support.networks import digits, loader, net, samples, trained
+from support.records import random_record, records, thresholds_for
+from support.tensors import INF, NAN, generator
 
 from e2cm_ext import Confidence, EarlyExit, Profile, TimedPoint, curve, fast_exit
 from e2cm_ext.calibration import profile
@@ -311,7 +311,7 @@ def test_measuring_nothing(options, message):
 def networks():
     fit_on, _, _ = digits()
     ee = EarlyExit(trained(), fit_on[0][0][:1]).fit(fit_on, progress=False)
-    by_hand = ByHand(trained()).eval()
+    by_hand = NetWithExits(trained()).eval()
     fast_exit.fit(by_hand, fit_on, progress=False)
     yield ee.profile, ee.calibrate, ee.record, lambda: ee.thresholds
     exits = [m for m in by_hand.modules() if isinstance(m, fast_exit.FastExit)]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import textwrap
 import time
 from math import inf
@@ -18,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from sklearn.datasets import load_digits
+from support.subprocesses import run_python, start_python
 
 import e2cm_ext as e2cm
 from e2cm_ext.cli import main, model_loader
@@ -104,12 +102,8 @@ def error(code, *arguments, **rest):
     return found.stderr
 
 
-def start(*arguments, **rest):
-    code = "from e2cm_ext.cli import main; main()"
-    words = [sys.executable, "-c", code, *map(str, arguments)]
-    # Not where there is a checkout, which would be imported.
-    rest.setdefault("cwd", tempfile.gettempdir())
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **rest)
+def start(*arguments):
+    return start_python("-c", "from e2cm_ext.cli import main; main()", *arguments)
 
 
 # ---- what it answers ------------------------------------------------------------------------------------------------
@@ -418,9 +412,8 @@ def test_interrupted_nothing_is_written(folder, tmp_path):
     assert os.listdir(tmp_path) == ["old.e2cm"] and (tmp_path / "old.e2cm").read_bytes() == old
 
 
-def test_it_is_a_module_to_run_too(tmp_path):
-    words = [sys.executable, "-m", "e2cm_ext", "--help"]
-    ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)  # not in a checkout that is not built
+def test_it_is_a_module_to_run_too():
+    ran = run_python("-m", "e2cm_ext", "--help")
     assert ran.stdout.startswith("Usage: e2cm "), ran.stderr
 
 
@@ -428,8 +421,5 @@ def test_a_full_disk_is_one_line(folder):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:
-        program = subprocess.run(
-            [sys.executable, "-m", "e2cm_ext", "info"],
-            stdout=full, stderr=subprocess.PIPE, text=True, cwd=folder,
-        )  # fmt: skip
+        program = run_python("-m", "e2cm_ext", "info", check=False, stdout=full)
     assert program.returncode != 0 and "Traceback" not in program.stderr

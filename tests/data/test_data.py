@@ -2,7 +2,6 @@
 
 import re
 import struct
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, generator, same_bits
+from support.subprocesses import run_python
+from support.tensors import INF, NAN, generator, same_bits
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -463,7 +463,7 @@ def test_transform_of_weights():
 
 @pytest.fixture
 def torchvision():
-    from vision import torchvision
+    from support.vision import torchvision
 
     return torchvision
 
@@ -619,7 +619,7 @@ def test_nothing_is_downloaded_unasked(torchvision, tmp_path):
 
 
 def test_transform_of_real_models(torchvision):
-    from vision import timm
+    from support.vision import timm
 
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     x, y = pictures(2, 300, 260, 3)
@@ -646,7 +646,7 @@ for source in ("MNIST", {str(tmp_path / "folder")!r}):
     except ImportError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = run_python("-c", code)
     assert len(re.findall(r"needs torchvision: pip install 'e2cm_ext\[vision\]'", done.stdout)) == 2
 
 

@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from support.helpers import INF, NAN, generator
-from support.small import SHAPE, Net, loader
+from support.networks import SHAPE, Net, loader
+from support.tensors import INF, NAN, generator
 from torch import nn
 
 import e2cm_ext as e2cm

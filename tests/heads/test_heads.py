@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
-from support.helpers import FORMATS, INF, NAN, assert_same_decisions, generator, same_bits, sentinels, shuffled_ids
+from support.distributed import heads_of_two_processes
+from support.tensors import FORMATS, INF, NAN, assert_same_decisions, generator, same_bits, sentinels, shuffled_ids
 from torch import nn
 
 from e2cm_ext import Decisions, ops
@@ -405,39 +406,13 @@ def test_what_cannot_be_merged():
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
-def one_process(rank, file, x, labels, last, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    results = []
-    for share in ([40, 50], [0, 90]):  # the second time, process 0 has nothing at all
-        start = sum(share[:rank])
-        mine = slice(start, start + share[rank])
-        for make in (ClassMeans, functools.partial(ClassMeans, passes=1), PooledMeans, LinearHead):
-            head = make(6, (3, 4, 5))
-            for pass_index in range(head.passes):
-                if share[rank]:
-                    some = x[mine].contiguous(memory_format=torch.channels_last) if last[rank] else x[mine]
-                    head.update(some, labels[mine], pass_index)
-                head.finish(pass_index)
-            results.append({name: t.numpy().copy() for name, t in head.state_dict().items()})
-    queue.put((rank, results))
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_learn_what_one_does(tmp_path):
     x, labels = problem()
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    arguments = (str(tmp_path / "meeting"), x, labels, (False, True), queue)
-    processes = [context.Process(target=one_process, args=(rank, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    makes = (ClassMeans, functools.partial(ClassMeans, passes=1), PooledMeans, LinearHead) * 2
-    for make, *found in zip(makes, *results.values(), strict=True):
+    heads = (ClassMeans, functools.partial(ClassMeans, passes=1), PooledMeans, LinearHead)
+    makes = [functools.partial(make, 6, (3, 4, 5)) for make in heads]
+    shares = (40, 0)  # the second time, process 0 has nothing at all
+    results = heads_of_two_processes(makes, x, labels, shares, tmp_path, channels_last=(False, True))
+    for make, *found in zip(heads * 2, *results, strict=True):
         expected = fit(make(6, (3, 4, 5)), (x, labels)).state_dict()
         for state in found:
             assert state.keys() == expected.keys()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from scipy.stats import entropy
-from support.helpers import INF, NAN, clusters, generator
+from support.tensors import INF, NAN, clusters, generator
 
 from e2cm_ext import Decisions, ops
 from e2cm_ext.heads.rules import Confidence, Entropy, Rule, rule

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.helpers import NAN
-from support.small import SHAPE, samples
-from test_exporter import network, noisy
+from support.networks import SHAPE, samples
+from support.packages import network, noisy
+from support.tensors import NAN
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import clients

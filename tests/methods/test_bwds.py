@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, generator
 from support.learned_exits import check_all_ways
-from support.small import all_of, bits_of, by_hand, digits, images, loader, net, trained
+from support.networks import all_of, bits_of, digits, images, loader, net, net_in_stages, trained
+from support.tensors import INF, NAN, generator
 
 from e2cm_ext import EarlyExit, Record
 from e2cm_ext.methods import bwds, training
@@ -250,7 +250,7 @@ def test_every_process_decides_from_the_samples_of_all(monkeypatch):
 
 def test_the_curve_is_that_of_the_prices_and_no_other():
     """Certainties between 1 and 8 at two exits: with the prices 1, 2 and 4 there are five policies."""
-    ee = training.finish(bwds.build(by_hand(), images(1), exits="all", prices=(1, 2, 4)))
+    ee = training.finish(bwds.build(net_in_stages(), images(1), exits="all", prices=(1, 2, 4)))
     g = generator(3)
     certainty = torch.tensor([1.0, 2, 4, 8])[torch.randint(4, (200, 3), generator=g)]
     prediction = (torch.rand(200, 3, generator=g) < torch.tensor([0.7, 0.5, 0.1])).long()

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from support.helpers import generator
-from support.small import CLASSES, SHAPE, digits, trained
+from support.networks import CLASSES, SHAPE, digits, trained
+from support.tensors import generator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.helpers import generator, same_bits
-from support.small import digits
+from support.networks import digits
+from support.tensors import generator, same_bits
 from torch import nn
 from torch.nn import functional as F
 

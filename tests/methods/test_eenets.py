@@ -1,19 +1,16 @@
 """EENets: the recursion by hand and against independent stops, placement, gates, and training."""
 
 import math
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import generator
 from support.learned_exits import check_all_ways
-from support.small import Net, bits_of, digits, images, loader, net, trained
+from support.networks import Net, bits_of, digits, images, loader, net, trained
+from support.subprocesses import torchrun
+from support.tensors import generator
 
 from e2cm_ext import EarlyExit
 from e2cm_ext.methods import eenets, training
@@ -256,15 +253,11 @@ def test_exits_of_a_finished_network():
 
 def test_two_processes_may_leave_the_gates_for_later(tmp_path):
     """In the first stage nothing is learned about the gates, which processes that add up gradients must be told."""
-    script = tmp_path / "job.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import sys
-            sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
+    script = textwrap.dedent(
+        f"""
             import torch
             import torch.distributed as dist
-            from support.small import images, loader, net
+            from support.networks import images, loader, net
             from e2cm_ext.methods import eenets, training
             dist.init_process_group("gloo")
             torch.set_num_threads(1)
@@ -279,13 +272,8 @@ def test_two_processes_may_leave_the_gates_for_later(tmp_path):
             torch.save([untouched, start, ee.heads.state_dict()], {str(tmp_path)!r} + f"/end{{own}}")
             dist.destroy_process_group()
             """
-        )
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(
-        command, env=dict(os.environ, OMP_NUM_THREADS="1"), cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(script, tmp_path)
     (untouched, start, end), (_, _, other) = (torch.load(tmp_path / f"end{own}", weights_only=True) for own in (0, 1))
     assert untouched
     # The heads' extra states say that they are trained.

@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
-from support.helpers import same_bits
 from support.learned_exits import check_all_ways
-from support.small import SHAPE, all_of, digits, trained
+from support.networks import SHAPE, all_of, digits, trained
+from support.tensors import same_bits
 
 import e2cm_ext as e2cm
 from e2cm_ext.methods import joined, sdn, training

@@ -13,7 +13,7 @@ import pytest
 import test_ops
 import test_statistics
 import torch
-from support.helpers import (
+from support.tensors import (
     DTYPES,
     INF,
     NAN,

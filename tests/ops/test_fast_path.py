@@ -6,7 +6,6 @@ That the fast path is taken at all is tested too: without it, only the time of a
 import gc
 import os
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import (
+from support.op_arguments import DIM, ROWS, SPARSE, TAKES, WRONG, WRONG_FEATURES, call, good
+from support.subprocesses import run_python
+from support.tensors import (
     INF,
     LAYOUTS,
     NAN,
@@ -33,7 +34,6 @@ from support.helpers import (
     sentinels,
     shuffled_ids,
 )
-from test_validation import DIM, ROWS, SPARSE, TAKES, WRONG, WRONG_FEATURES, call, good
 from torch.overrides import TorchFunctionMode
 
 from e2cm_ext import Decisions, Statistics, native, ops
@@ -724,17 +724,6 @@ def test_eight_threads(op):
 # ---- without it ----------------------------------------------------------------------------------
 
 
-def python(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, arguments)],
-        env=os.environ | {"PYTEST_ADDOPTS": ""} | environment,  # with its -q, -q would print no count
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-
-
 def test_a_torch_without_the_exchange_api():
     code = """
 import torch
@@ -749,8 +738,7 @@ survivors, kept = ops.exit_step(x, means, scale, 0.5, ids, out)
 assert torch.equal(survivors, x[kept]) and (out.exit >= 0).sum() == 9 - len(kept)
 assert ops.decide(x, x[:, :3], 2.0, ids, out)[0] is x
 """
-    result = python("-c", code)
-    assert result.returncode == 0, result.stderr
+    run_python("-W", "ignore", "-c", code)
 
 
 @needs_it
@@ -788,8 +776,7 @@ other = b"dltensor"
 assert not met(api.PyCapsule_New(real, other, None))
 assert not met(None) and not met(3)
 """
-    result = python("-c", code)
-    assert result.returncode == 0, result.stderr
+    run_python("-W", "ignore", "-c", code)
 
 
 @pytest.mark.slow
@@ -797,8 +784,9 @@ assert not met(None) and not met(3)
 def test_all_ops_on_the_validated_path():
     files = ["test_ops.py", "test_statistics.py", "test_validation.py", "test_packing.py", "test_fast_path.py"]
     told = {"E2CM_NO_FAST_PATH": "1", "HYPOTHESIS_PROFILE": "again"}
-    result = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *files, **told)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    files = [HERE / file for file in files]
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-m", "not slow")
+    result = run_python("-W", "ignore", "-m", "pytest", *options, *files, env=told, timeout=500)
     assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 400
 
 

@@ -5,7 +5,7 @@ torch.compile(fullgraph=True) needs no flag for the number of survivors, which i
 
 import pytest
 import torch
-from support.helpers import (
+from support.tensors import (
     INF,
     NAN,
     assert_same_decisions,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from support.helpers import (
+from support.tensors import (
     DISTANCE_ERROR,
     DTYPES,
     FORMATS,

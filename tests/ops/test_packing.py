@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from support.helpers import clusters, generator, sentinels, shuffled_ids
+from support.tensors import clusters, generator, sentinels, shuffled_ids
 
 from e2cm_ext import Decisions, Statistics, native, ops
 from e2cm_ext.heads import ClassMeans, PooledMeans, WhitenedMeans

@@ -7,7 +7,7 @@ import torch
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
-from support.helpers import INF, NAN, clusters, generator, sentinels
+from support.tensors import INF, NAN, clusters, generator, sentinels
 
 from e2cm_ext import Decisions
 from e2cm_ext.ops import reference

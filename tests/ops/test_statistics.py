@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import (
+from support.tensors import (
     DTYPES,
     INF,
     LAYOUTS,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import generator
-from support.small import digits, trained
+from support.networks import digits, trained
+from support.tensors import generator
 
 from e2cm_ext import EarlyExit, Profile
 from e2cm_ext.runtime.compaction_policy import CompactionPolicy

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from support.helpers import INF, NAN
-from support.small import Scripted, Watched
+from support.networks import Scripted, Watched
+from support.tensors import INF, NAN
 
 from e2cm_ext import Stages
 from e2cm_ext.heads.rules import Confidence, Entropy, Rule

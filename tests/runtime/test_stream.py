@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, assert_same_decisions, generator, same_bits
-from support.small import Interrupted, Scripted, Watched, loader, net, pointwise
+from support.networks import Interrupted, Scripted, Watched, loader, net, pointwise
+from support.tensors import INF, NAN, assert_same_decisions, generator, same_bits
 from torch import nn
 
 from e2cm_ext import Decisions, EarlyExit, Stages

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from support.helpers import assert_same_decisions, same_bits
-from support.small import bits_of, digits, net, samples, trained
+from support.networks import bits_of, digits, net, samples, trained
+from support.tensors import assert_same_decisions, same_bits
 from torch import nn
 
 from e2cm_ext import EarlyExit, Stages, cut

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from support.helpers import same_bits
+from support.tensors import same_bits
 
 from e2cm_ext import build_info
 from e2cm_ext.utils import serialization
