@@ -68,8 +68,8 @@ def test_the_network_does_what_the_table_says(learned, means, leave, agree):
     ee = joined.join(learned, leave=leave, agree=agree).fit(digits()[0], progress=False)
     images, _ = digits()[2][0]
     with torch.no_grad():
-        own = list(e2cm.cascade.scores(learned.stages, learned.heads, images))
-        theirs = list(e2cm.cascade.scores(means.stages, means.heads, images))
+        own = list(e2cm.runtime.cascade.scores(learned.stages, learned.heads, images))
+        theirs = list(e2cm.runtime.cascade.scores(means.stages, means.heads, images))
     thresholds, limits = ([float(p.exp().amax(1).quantile(0.5)) for p in scores[:4]] for scores in (own, theirs))
     joined.limit(ee, limits)
     ee.thresholds = thresholds
@@ -153,7 +153,7 @@ def test_blended_is_the_product(learned, head):
     beside = e2cm.EarlyExit(learned.stages, torch.zeros(1, *SHAPE), head=head).fit(digits()[0], progress=False)
     with torch.no_grad():
         both, own, theirs = (
-            [scores.double().exp() for scores in e2cm.cascade.scores(each.stages, each.heads, images)]
+            [scores.double().exp() for scores in e2cm.runtime.cascade.scores(each.stages, each.heads, images)]
             for each in (ee, learned, beside)
         )
     for j in range(4):

@@ -223,7 +223,7 @@ def test_if_none_fires_the_most_confident_answers():
 def test_the_network_answers_so_too(learned):
     ee, _ = learned
     images, _ = digits()[2][0]
-    log_probs = torch.stack(list(e2cm.cascade.scores(ee.stages, ee.heads, images)))
+    log_probs = torch.stack(list(e2cm.runtime.cascade.scores(ee.stages, ee.heads, images)))
     ee.thresholds = sdn.at_least(1.5, len(ee.heads))  # nobody is that sure
     decisions = ee.predict(images)
     surest = log_probs.amax(2).argmax(0)
@@ -247,7 +247,7 @@ def test_some_leave_and_the_others_remember_their_own_answers(learned):
     limits = torch.tensor([0.9, math.inf, 0.9, 1.5])  # one exit is off: it takes no part
     ee.thresholds = limits
     decisions = ee.predict(images)
-    own = torch.stack(list(e2cm.cascade.scores(ee.stages, ee.heads, images)))[[0, 2, 3, 4]]
+    own = torch.stack(list(e2cm.runtime.cascade.scores(ee.stages, ee.heads, images)))[[0, 2, 3, 4]]
     last = own[own.amax(2).argmax(0), torch.arange(len(images))].argmax(1)
     replay = record.replay(limits)
     assert torch.equal(decisions.exit, replay.exit)
@@ -283,7 +283,7 @@ def test_confusion_by_hand():
     ee = sdn.build(by_hand(), torch.zeros(1, *SHAPE), exits=["near", "far"])
     images, labels = digits()[2][0]
     with torch.no_grad():
-        near, far, last = (s.double().exp() for s in e2cm.cascade.scores(ee.stages, ee.heads, images))
+        near, far, last = (s.double().exp() for s in e2cm.runtime.cascade.scores(ee.stages, ee.heads, images))
     raw = [
         sum(abs(float(last[i, k] - p[i, k])) for p in (near, far) for k in range(CLASSES)) for i in range(len(images))
     ]

@@ -128,7 +128,7 @@ def test_features_are_what_heads_would_see():
     """The next stage overwrites them: ReLU in place."""
     ee = network(Whole)
     x = images(6)
-    expected = list(e2cm.cascade.scores(ee.stages, ee.heads, x.clone()))
+    expected = list(e2cm.runtime.cascade.scores(ee.stages, ee.heads, x.clone()))
     outputs = training.Learners(ee)(training.Features(ee)(x.clone()))
     found = [outputs[j][0] for j in range(len(ee.heads))] + [outputs[-1]]
     for a, b in zip(found, expected, strict=True):
