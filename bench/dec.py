@@ -38,7 +38,7 @@ def all_of(batches: e2cm.data.Batches) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def trained(options: argparse.Namespace, seed: int, images: Tensor) -> tuple[e2cm.EarlyExit, dec.Trained, float]:
+def trained(options: argparse.Namespace, seed: int, images: Tensor) -> tuple[e2cm.EarlyExit, dec.TrainingResult, float]:
     """And the seconds of this process that the training took, over all runs."""
     schedule = dec.Schedule(**json.loads(options.schedule))
     clock = options.work / f"seed-{seed}.seconds"

@@ -188,7 +188,7 @@ def record_from(cached: training.Cached, ee: e2cm.EarlyExit) -> e2cm.Record:
     pieces = []
     for rows in torch.arange(len(cached.labels)).split(500):
         features, _ = cached.batch(rows)
-        *early, last = (logits.log_softmax(1) for logits in training.Learners(ee)(features))
+        *early, last = (logits.log_softmax(1) for logits in training.ExitHeads(ee)(features))
         memory, answers = None, []
         for j, log_probs in enumerate([*early, last]):
             if ee.combination is not None:
@@ -305,7 +305,7 @@ def blended(bench: Bench, budget: str, head: str) -> Found:
     """Ours: SDN times class means, at SDN's exits."""
     ee, seconds = trained_sdn(bench, budget)
     others, of_means = means(bench, head)
-    both = joined.join(ee, others, blend=True)
+    both = joined.join(ee, others, multiply=True)
     found = bench.judge(both, f"sdn-{budget} x {head}")
     return Found(found, seconds + of_means, parameters(both), len(both.heads))
 

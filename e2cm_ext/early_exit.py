@@ -222,9 +222,7 @@ class EarlyExit(ExitModule):
         refuse_train_mode(self, "record")
         self.check_fitted()
         ready = self.batches(loader, progress, None if self.labelled else no_labels)
-        found = recording.record(
-            self.head_list(), self.rule, self.walk, ready, lambda: self.costs, self._fitted_images, self.combination
-        )
+        found = recording.record(self, ready, self._fitted_images)
         return found if self.labelled else replace(found, label=found.prediction[:, -1].long())
 
     def curve(self, loader: Record | Iterable[Any], progress: bool = True, *, method: Method = "auto") -> Curve:
@@ -316,16 +314,7 @@ class EarlyExit(ExitModule):
         batch = placed(images, self.stages)
         self.check_images(batch)
         self.check_fitted()
-        found = profiler.measure(
-            self.head_list(),
-            self.rule,
-            self.walk,
-            batch,
-            self.exit_names,
-            batch_size=batch_size,
-            repeats=repeats,
-            progress=progress,
-        )
+        found = profiler.measure(self, batch, batch_size=batch_size, repeats=repeats, progress=progress)
         self.compaction = CompactionPolicy.from_profile(found)
         return found
 

@@ -1,12 +1,11 @@
 // Scores to answers: softmax, rule, who leaves, whose answer goes where. Works on kLanes rows at a time, one per lane.
-#include "../api.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
+#include "../api.h"
 #include "buffer.h"
 #include "distances.h"
 #include "kernels.h"

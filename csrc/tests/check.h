@@ -1,9 +1,9 @@
-// A test framework in one page: TEST registers, CHECK counts, run_tests() runs every test of the program once for every
-// instruction set of this machine and build (the core chooses once per process, so each gets a process of its own).
+// A small test framework: TEST registers, CHECK counts, run_tests() runs every test of the program once per instruction
+// set of this machine and build (the core chooses once per process, so each set runs in its own process).
 //
-//   E2CM_ISA=avx2            only at that instruction set
-//   E2CM_TEST_EFFORT=0.1     a tenth of the random cases; default: 1, AddressSanitizer 0.15, Arm (most often qemu) 0.05
-//   E2CM_TEST_ONLY=ties      only the tests with this in their name
+//   E2CM_ISA=avx2            only this instruction set
+//   E2CM_TEST_EFFORT=0.1     a tenth of the random cases; default: 1, AddressSanitizer 0.15, Arm (usually qemu) 0.05
+//   E2CM_TEST_ONLY=ties      only tests with this in their name
 #pragma once
 
 #include <chrono>
@@ -40,7 +40,7 @@ struct Registration {
 struct State {
   long long checks = 0;
   int failures = 0;
-  std::string context;  // what is being tested now: a failure says it
+  std::string context;  // the current case, printed with a failure
 };
 
 inline State& state() {
@@ -49,7 +49,7 @@ inline State& state() {
 }
 
 inline void fail(const char* file, int line, const std::string& what) {
-  if (++state().failures > 20) return;  // enough to see what is wrong
+  if (++state().failures > 20) return;  // enough to see the problem
   std::printf("%s:%d: %s\n    in %s\n", file, line, what.c_str(), state().context.c_str());
 }
 
@@ -95,9 +95,9 @@ inline std::vector<std::string> levels() {
 }
 
 #ifdef _WIN32
-inline int run_tests() { return run_tests_here(); }  // at E2CM_ISA, or at the best there is
+inline int run_tests() { return run_tests_here(); }  // only E2CM_ISA, or the best instruction set
 #else
-// Runs body in a child process at this instruction set; returns its exit status, or 128 + the signal that ended it.
+// Runs body in a child process with this instruction set; returns its exit status, or 128 + the signal that ended it.
 template <class Body>
 int in_child(const std::string& isa, const Body& body) {
   std::fflush(stdout);
@@ -131,13 +131,13 @@ inline int run_tests() {
   static const e2cm::test::Registration name##_registration(#name, &name); \
   static void name()
 
-#define CHECK(condition)                                                           \
-  do {                                                                             \
-    ++e2cm::test::state().checks;                                                  \
-    if (!(condition)) e2cm::test::fail(__FILE__, __LINE__, "not so: " #condition); \
+#define CHECK(condition)                                                                 \
+  do {                                                                                   \
+    ++e2cm::test::state().checks;                                                        \
+    if (!(condition)) e2cm::test::fail(__FILE__, __LINE__, "check failed: " #condition); \
   } while (0)
 
-// CHECK_CLOSE(got, wanted, slack): two NaNs or two equal infinities are close too.
+// CHECK_CLOSE(got, wanted, slack): two NaNs, and two equal infinities, are close.
 #define CHECK_CLOSE(got, wanted, slack)                                                                                \
   do {                                                                                                                 \
     ++e2cm::test::state().checks;                                                                                      \

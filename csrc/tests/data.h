@@ -1,5 +1,4 @@
-// What the tests feed the core, and what they hold its answers against: memory without a byte to spare, 16-bit numbers,
-// random features, and the equations in double.
+// Inputs and expected results: memory of exact size, 16-bit floats, random features, and the equations in double.
 #pragma once
 
 #include <cmath>
@@ -8,6 +7,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <new>
 #include <random>
 #include <string>
 #include <type_traits>
@@ -36,8 +36,8 @@ constexpr double kUlp = 1.0 / (1 << 24);  // half the distance from 1 to the nex
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-// Room for exactly `count` values, aligned no better than one value. Touching what follows ends the process: under
-// AddressSanitizer it is heap that was not asked for, else a page that may not be touched.
+// Memory for exactly `count` values, aligned for a single value only. An access beyond the end ends the process: with
+// AddressSanitizer it is outside of the heap block, otherwise in a protected page.
 template <class T>
 class Exact {
   static_assert(std::is_trivially_copyable<T>::value, "plain numbers");
@@ -85,7 +85,7 @@ class Exact {
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
-// A 16-bit float with that many explicit mantissa bits, from its definition.
+// A 16-bit float format with that many explicit mantissa bits, from its definition.
 struct Format {
   int mantissa, least;  // least: the exponent of the smallest normal number
   uint32_t infinity() const { return 0x7fffu >> mantissa << mantissa; }
@@ -120,13 +120,13 @@ inline const Format& format_of(DType dtype) { return dtype == DType::bf16 ? kBf1
 inline const char* name_of(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
 constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16};
 
-class Random {  // the same numbers on every platform, which <random>'s distributions do not promise
+class Random {  // the same values on every platform, which the distributions of <random> do not guarantee
  public:
   explicit Random(uint64_t seed) : engine_(seed) {}
   int64_t below(int64_t n) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(n)); }
   bool chance(double p) { return uniform() < p; }
   double uniform() { return static_cast<double>(engine_() >> 11) * 0x1p-53; }
-  double normal() {  // near enough
+  double normal() {  // approximately
     double sum = -2;
     for (int i = 0; i < 4; ++i) sum += uniform();
     return sum * 1.7320508;
@@ -142,7 +142,7 @@ class Random {  // the same numbers on every platform, which <random>'s distribu
 
 // ---- features -------------------------------------------------------------------------------------------------------
 
-// Rows of numbers in their storage type. What lies between two rows is NaN, and behind the last one lies nothing.
+// Rows of features in their storage type. The gaps between rows are NaN; nothing follows the last row.
 class Matrix {
  public:
   Matrix(DType dtype, int64_t rows, int64_t dim, int64_t stride)
@@ -202,7 +202,7 @@ struct Problem {
         scale(classes, 1.f),
         centered(with_center) {}
 
-  // Means around `offset`, rows around a mean each, the center near both.
+  // Means near `offset`, each row near one of the means, the center near both.
   void fill(Random& random, double offset, double unit = 1) {
     for (int64_t k = 0; k < means.rows(); ++k)
       for (int64_t i = 0; i < means.dim(); ++i) means.set(k, i, unit * (offset + random.normal()));
@@ -240,8 +240,8 @@ struct Problem {
 
 // ---- answers --------------------------------------------------------------------------------------------------------
 
-constexpr float kNothing = -7.f;  // what answers hold before anybody has written there
-constexpr int64_t kNobody = -7;
+constexpr float kUnsetFloat = -7.f;  // the initial contents of answers
+constexpr int64_t kUnset = -7;
 
 struct Out {
   int64_t rows, classes;
@@ -252,10 +252,10 @@ struct Out {
   Out(int64_t row_count, int64_t class_count)
       : rows(row_count),
         classes(class_count),
-        confidence(row_count, kNothing),
-        prediction(row_count, kNobody),
-        exit(row_count, kNobody),
-        log_probs(row_count * class_count, kNothing) {}
+        confidence(row_count, kUnsetFloat),
+        prediction(row_count, kUnset),
+        exit(row_count, kUnset),
+        log_probs(row_count * class_count, kUnsetFloat) {}
 
   Answers view(bool with_exit = true, bool with_log_probs = true) const {
     return {rows,
@@ -269,8 +269,8 @@ struct Out {
     return std::vector<double>(log_probs.data() + row * classes, log_probs.data() + (row + 1) * classes);
   }
   bool untouched(int64_t row) const {
-    bool same = confidence[row] == kNothing && prediction[row] == kNobody && exit[row] == kNobody;
-    for (int64_t k = 0; k < classes; ++k) same = same && log_probs[row * classes + k] == kNothing;
+    bool same = confidence[row] == kUnsetFloat && prediction[row] == kUnset && exit[row] == kUnset;
+    for (int64_t k = 0; k < classes; ++k) same = same && log_probs[row * classes + k] == kUnsetFloat;
     return same;
   }
   bool untouched() const {
@@ -280,7 +280,7 @@ struct Out {
   }
 };
 
-// The same bits; any NaN is as good as any other.
+// The same bits. All NaNs are equal.
 inline bool same_bits(float a, float b) { return (a != a && b != b) || std::memcmp(&a, &b, sizeof a) == 0; }
 inline bool same_bits(const float* a, const float* b, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
@@ -294,9 +294,9 @@ inline bool same_row(const Out& a, int64_t i, const Out& b, int64_t j) {
 
 // ---- the equations --------------------------------------------------------------------------------------------------
 
-// p = softmax(-z), its largest member, its entropy.
+// p = softmax(-z): its maximum and its entropy.
 struct Truth {
-  bool valid = true;  // no NaN, and a finite best
+  bool valid = true;  // no NaN, and a finite minimum
   int64_t prediction = 0;
   double best = kInf, log_confidence = kNan, entropy = kNan;
   std::vector<double> log_probs;
@@ -320,7 +320,7 @@ struct Truth {
   }
 };
 
-// What float32 arithmetic may lose: `slack` is how far each penalty may be off before the softmax begins.
+// Bounds of float32 rounding errors. slack: the error of each penalty before the softmax.
 inline double slack_of_sum(size_t classes) { return 1e-6 + 2 * kUlp * static_cast<double>(classes); }
 inline double slack_of_entropy(size_t classes, double slack) {
   const double size = 1 + std::log(static_cast<double>(classes));
@@ -357,8 +357,8 @@ struct Shape {
   int64_t batch, classes, dim;
 };
 
-// Every batch, class count and dim of the lists some times, each with partners that keep batch * classes * dim in
-// bounds.
+// Each batch size, class count and dim of the lists `times` times, combined with others so that batch * classes * dim
+// stays below `most`.
 inline std::vector<Shape> shapes(Random& random, int times, int64_t most) {
   std::vector<Shape> all;
   const auto add = [&](int64_t batch, int64_t classes, int64_t dim) {

@@ -1,4 +1,4 @@
-// kept_rows and gather_rows against what anybody would write.
+// kept_rows and gather_rows against plain loops.
 #include "data.h"
 
 using namespace e2cm;
@@ -11,7 +11,7 @@ TEST(kept_rows_of_masks) {
     const int64_t rows = random.chance(0.5) ? random.below(20) : random.below(600);
     const double share = random.chance(0.2) ? 0 : random.chance(0.2) ? 1 : random.uniform();
     const Exact<uint8_t> mask(rows);
-    const Exact<int64_t> keep(rows, kNobody);
+    const Exact<int64_t> keep(rows, kUnset);
     std::vector<int64_t> wanted;
     for (int64_t r = 0; r < rows; ++r) {
       mask[r] = random.uniform() < share ? random.pick(truths) : uint8_t{0};
@@ -45,7 +45,7 @@ TEST(gathered_rows) {
   gather_rows(nullptr, 8, 8, nullptr, 0, nullptr, 4);
 }
 
-TEST(gathered_by_several_threads) {
+TEST(rows_gathered_by_several_threads) {
   const int64_t bytes = 100003, rows = 130;
   const Exact<unsigned char> source(rows * bytes), target(rows * bytes);
   for (int64_t i = 0; i < rows * bytes; ++i) source[i] = static_cast<unsigned char>(i * 2654435761 >> 13);

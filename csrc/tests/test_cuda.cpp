@@ -1,5 +1,5 @@
 // The CUDA kernels, run block by block on the CPU (emulation/cuda_runtime.h): against the equations, and with threads
-// and blocks in other orders, in which nothing may change. Memory is exact: what a block reads beyond it ends the
+// and blocks in different orders, which must not change results. Memory has exact sizes: an access beyond it ends the
 // process.
 #include <cuda_runtime.h>
 
@@ -20,14 +20,14 @@ void in_order(Order order, unsigned seed = 1) {
   emulation::state().seed = seed;
 }
 
-// Device memory begins on multiples of 256, and what is in it is no number of use.
+// Device memory, aligned to 256 bytes. It starts as NaN.
 struct Workspace {
   explicit Workspace(int64_t bytes) : memory(bytes + 256, 0xFF) {}
   void* at() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 255) / 256 * 256); }
   Exact<uint8_t> memory;
 };
 
-// Rows that start on multiples of 16 bytes, as most tensors do: a Matrix of f32 never does, whose end is exact.
+// Rows that start at multiples of 16 bytes, as those of most tensors do. Those of a Matrix do not.
 struct Aligned {
   explicit Aligned(const Matrix& from) : stride(cuda::round_up(from.dim(), 8)), memory(from.rows() * stride * 4 + 16) {
     const int64_t size = size_of(from.dtype());
@@ -127,7 +127,7 @@ TEST(distances_of_all_shapes_in_any_order) {
     std::vector<std::vector<float>> seen;
     for (const bool aligned : {false, true}) {
       in_order(kOrders[turn++ % 3]);
-      const Exact<float> distances(shape.batch * shape.classes, kNothing);
+      const Exact<float> distances(shape.batch * shape.classes, kUnsetFloat);
       cuda::Exit exit = exit_of(p, aligned ? x.rows : p.x.view(), p.means.view(), true);
       // The class vectors of a call are dense; padded ones are as good.
       if (aligned) exit.vectors = vectors.rows;
@@ -143,7 +143,7 @@ TEST(distances_of_all_shapes_in_any_order) {
   }
 }
 
-TEST(steps_write_what_the_equations_say) {
+TEST(steps_match_the_equations) {
   Random random(2);
   int turn = 0;
   for (const Shape& shape : shapes(random, times(0.5), at_most(2e5))) {
@@ -158,7 +158,7 @@ TEST(steps_write_what_the_equations_say) {
     exit.epilogue.out = all.view(false);
     launch(exit);
 
-    // Everybody whose confidence is above the median of them leaves, and others' rows stay as they were.
+    // Rows with a confidence above the median leave; the output rows of the others must not change.
     std::vector<float> order = all.confidence.values();
     std::sort(order.begin(), order.end(), [](float a, float b) { return a < b || (b != b && a == a); });
     const float threshold = shape.batch ? order[static_cast<size_t>(shape.batch / 2)] : 0;
@@ -212,7 +212,7 @@ TEST(logits_of_few_and_many_classes) {
   }
 }
 
-TEST(a_wrong_id_is_told_and_not_followed) {
+TEST(invalid_ids_are_reported_and_not_written) {
   Random random(4);
   Problem p(5, 3, 20);
   p.fill(random, 0);
@@ -231,7 +231,7 @@ TEST(a_wrong_id_is_told_and_not_followed) {
   }
 }
 
-TEST(rows_that_have_left_are_passed_over) {
+TEST(exited_rows_are_skipped) {
   Random random(5);
   Matrix scores(DType::f32, 40, 7, 7);
   for (int64_t b = 0; b < 40; ++b)
@@ -255,7 +255,7 @@ TEST(rows_that_have_left_are_passed_over) {
   }
 }
 
-TEST(statistics_are_those_of_the_core) {
+TEST(statistics_match_the_cpu_kernels) {
   Random random(6);
   for (int i = 0; i < times(60); ++i) {
     const int64_t channels = random.pick({1, 2, 3, 16, 31, 33, 64, 127, 129, 150}), height = 1 + random.below(9);
@@ -274,14 +274,14 @@ TEST(statistics_are_those_of_the_core) {
     if (wanted.size(1) == 0) wanted.max = {1, 1};
     const Maps maps{x.view().data, type, rows, channels, height, width, numbers + gap, random.chance(0.5)};
     const int64_t size = wanted.size(channels);
-    const Exact<float> expected(rows * size), got(rows * size, kNothing);
+    const Exact<float> expected(rows * size), got(rows * size, kUnsetFloat);
     statistics(maps, wanted, expected.data(), 1);
     in_order(kOrders[i % 3]);
     const Workspace workspace(cuda::statistics_workspace(rows, channels, wanted));
     CHECK(cuda::launch_statistics(maps, wanted, got.data(), workspace.at(), nullptr) == cudaSuccess);
     const int64_t pairs = channels * wanted.cells();
     for (int64_t j = 0; j < rows * size; ++j) {
-      const bool root = j % size >= pairs;  // of a mean product: as exact as the product is
+      const bool root = j % size >= pairs;  // of a mean product: only as exact as the product
       const double a = root ? std::fabs(got[j]) * got[j] : got[j];
       const double b = root ? std::fabs(expected[j]) * expected[j] : expected[j];
       CHECK_CLOSE(a, b, 1e-5);
@@ -289,7 +289,7 @@ TEST(statistics_are_those_of_the_core) {
   }
 }
 
-TEST(a_head_that_looks_at_statistics) {
+TEST(heads_on_statistics) {
   Random random(7);
   const int64_t rows = 9, channels = 20, height = 6, width = 5;
   Matrix x(DType::f16, rows, channels * height * width, channels * height * width);
@@ -324,7 +324,7 @@ TEST(kept_rows_of_any_number_of_rows) {
     if (rows > 9000 && effort() < 0.1) continue;
     for (const double share : {0.0, 0.5, 1.0}) {
       const Exact<uint8_t> mask(rows);
-      const Exact<int64_t> ids(rows), keep(rows, kNobody), kept(rows, kNobody), count(1, kNobody);
+      const Exact<int64_t> ids(rows), keep(rows, kUnset), kept(rows, kUnset), count(1, kUnset);
       for (int64_t i = 0; i < rows; ++i) mask[i] = random.uniform() < share ? 3 : 0, ids[i] = 1000 - i;
       in_order(kOrders[turn++ % 3]);
       const Workspace workspace(cuda::kept_rows_workspace(rows));
@@ -337,7 +337,7 @@ TEST(kept_rows_of_any_number_of_rows) {
         ++wanted;
       }
       CHECK(count[0] == wanted);
-      for (int64_t i = wanted; i < rows; ++i) CHECK(keep[i] == kNobody && kept[i] == kNobody);
+      for (int64_t i = wanted; i < rows; ++i) CHECK(keep[i] == kUnset && kept[i] == kUnset);
     }
   }
 }
@@ -354,7 +354,7 @@ TEST(gathered_rows_of_any_alignment) {
     const auto from = [&](const Exact<unsigned char>& m) {
       return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(m.data()) + 15) / 16 * 16 + offset);
     };
-    // The 15 bytes that alignment may take are at the beginning: the end is exact only for what is aligned.
+    // The 15 bytes for the alignment are at the beginning: the end is exact only for aligned rows.
     for (int64_t j = 0; j < memory.size(); ++j) memory[j] = static_cast<unsigned char>(random.below(256));
     const Exact<int64_t> index(rows), counted(1, count);
     for (int64_t j = 0; j < rows; ++j) index[j] = random.below(rows);
@@ -362,14 +362,14 @@ TEST(gathered_rows_of_any_alignment) {
     const bool told = random.chance(0.5);
     CHECK(cuda::launch_gather_rows(from(memory), bytes, stride, index.data(), told ? counted.data() : nullptr, rows,
                                    from(room), nullptr) == cudaSuccess);
-    const int64_t wanted = !told ? rows : count < rows ? count : 0;  // told of all: nothing is copied
+    const int64_t wanted = !told ? rows : count < rows ? count : 0;  // if all rows are kept, nothing is copied
     for (int64_t j = 0; j < wanted; ++j)
       CHECK(std::memcmp(from(room) + j * bytes, from(memory) + index[j] * stride, static_cast<size_t>(bytes)) == 0);
     for (int64_t j = wanted * bytes; j < rows * bytes; ++j) CHECK(from(room)[j] == 0xEE);
   }
 }
 
-TEST(nothing_to_do_is_no_error) {
+TEST(empty_launches_are_no_error) {
   cuda::Exit exit{};
   exit.vectors = {nullptr, DType::f32, 3, 4, 4};
   exit.x = {nullptr, DType::f32, 0, 4, 4};
@@ -380,5 +380,5 @@ TEST(nothing_to_do_is_no_error) {
   CHECK(cuda::launch_gather_rows(nullptr, 8, 8, nullptr, nullptr, 0, nullptr, nullptr) == cudaSuccess);
 }
 
-// The instruction set changes nothing here: once is enough.
+// The CPU instruction set does not matter here.
 int main() { return run_tests_here(); }

@@ -8,10 +8,10 @@ using namespace e2cm::test;
 
 namespace {
 
-constexpr double kAllowed = 1e-5;  // the relative error that the documentation promises
-double worst = 0;                  // that this test has seen
+constexpr double kAllowed = 1e-5;  // the relative error that the documentation guarantees
+double worst = 0;                  // of this test
 
-struct Report {  // at the end of a test: how near it came to the limit
+struct Report {  // prints the largest error at the end of a test
   const char* name;
   explicit Report(const char* test) : name(test) { worst = 0; }
   ~Report() { std::printf("%s: %s: largest relative error %.2e\n", isa_in_use(), name, worst); }
@@ -20,7 +20,7 @@ struct Report {  // at the end of a test: how near it came to the limit
 // Distances of all rows; checks about `samples` of them.
 void check_distances(const Problem& problem, Random& random, int threads, int64_t samples, double least = 0) {
   const int64_t batch = problem.x.rows(), classes = problem.means.rows();
-  const Exact<float> out(batch * classes, kNothing);
+  const Exact<float> out(batch * classes, kUnsetFloat);
   class_distances(problem.x.view(), problem.head(), out.data(), threads);
   const int64_t all = batch * classes, step = std::max<int64_t>(1, all / std::max<int64_t>(1, samples));
   for (int64_t i = all > 0 ? random.below(step) : 0; i < all; i += step) {
@@ -45,7 +45,7 @@ void check_shapes(int how_often, int64_t most, double offset) {
 
 }  // namespace
 
-TEST(converters) {  // the tests' own, before anything else is believed
+TEST(reference_conversions) {  // of the tests themselves
   for (const Format* format : {&kBf16, &kF16})
     for (uint32_t bits = 0; bits < 0x10000; ++bits) {
       const double value = format->decode(static_cast<uint16_t>(bits));
@@ -74,8 +74,8 @@ TEST(converters) {  // the tests' own, before anything else is believed
 TEST(shapes_near_the_origin) { check_shapes(4, at_most(3e7), 0); }
 TEST(shapes_with_an_offset_of_100) { check_shapes(4, at_most(3e7), 100); }
 
-// Every 16-bit number, in every lane of a whole vector and in a tail, comes out as its own distance to 0 and to 1.
-TEST(every_half) {
+// Every 16-bit value, in every lane of a vector and in a tail: its distances to 0 and to 1.
+TEST(every_16_bit_value) {
   Random random(3);
   const int64_t step = effort() < 1 ? 7 : 1, batch = (0x10000 + step - 1) / step;
   for (const DType dtype : {DType::bf16, DType::f16})
@@ -85,7 +85,7 @@ TEST(every_half) {
         problem.means.set(1, place, 1);
         for (int64_t b = 0; b < batch; ++b) problem.x.set_bits(b, place, static_cast<uint16_t>(b * step));
         state().context = problem.text();
-        const Exact<float> out(batch * 2, kNothing);
+        const Exact<float> out(batch * 2, kUnsetFloat);
         class_distances(problem.x.view(), problem.head(), out.data(), 1);
         for (int64_t b = 0; b < batch; ++b) {
           const double value = format_of(dtype).decode(static_cast<uint16_t>(b * step));
@@ -99,7 +99,7 @@ TEST(every_half) {
       }
 }
 
-// Rows at any distance from their mean, from far to so near that |x|^2 - 2 x.m + |m|^2 leaves nothing.
+// Rows at any distance from their mean, down to where |x|^2 - 2 x.m + |m|^2 cancels completely.
 TEST(cancellation) {
   const Report report("cancellation");
   Random random(4);
@@ -119,15 +119,16 @@ TEST(cancellation) {
   }
 }
 
-// Equal features round the same way every time: sums drift as far as they can.
-constexpr int64_t kBothWays[] = {7, 40};  // few classes and many
+constexpr int64_t kDirectAndProducts[] = {7, 40};  // class counts: direct sums, and products
 
-TEST(drift) {
+// Equal features always round in the same direction: rounding errors accumulate as far as they can.
+
+TEST(accumulated_rounding) {
   const Report report("drift");
   Random random(5);
   for (int i = 0; i < times(300); ++i) {
     const int64_t dim = random.pick(kDims), batch = 1 + random.below(5);
-    const int64_t classes = random.pick(kBothWays);
+    const int64_t classes = random.pick(kDirectAndProducts);
     Problem problem(batch, classes, dim, DType::f32, DType::f32, false);
     const double level = 1 + 200 * random.uniform();
     for (int64_t k = 0; k < classes; ++k)
@@ -145,12 +146,12 @@ TEST(a_row_that_is_a_mean) {
   Random random(6);
   for (const DType dtype : kDTypes)
     for (const int64_t dim : kDims)
-      for (const int64_t classes : kBothWays) {
+      for (const int64_t classes : kDirectAndProducts) {
         Problem problem(5, classes, dim, dtype, dtype, random.chance(0.5));
         problem.fill(random, 100);
         for (int64_t b = 0; b < 5; ++b) problem.x.copy_row(b + 1, problem.means, b);
         state().context = problem.text();
-        const Exact<float> out(5 * classes, kNothing);
+        const Exact<float> out(5 * classes, kUnsetFloat);
         class_distances(problem.x.view(), problem.head(), out.data(), 1);
         for (int64_t b = 0; b < 5; ++b) CHECK(out[b * classes + b + 1] == 0);
       }
@@ -161,22 +162,22 @@ TEST(magnitudes) {
   Random random(7);
   for (const double unit : {1e-15, 1e-12, 1e-6, 1e6, 1e12, 1e15})
     for (const int64_t dim : {1, 17, 513, 8191}) {
-      Problem problem(5, random.pick(kBothWays), dim, random.chance(0.5) ? DType::f32 : DType::bf16, DType::f32,
-                      random.chance(0.5));
+      Problem problem(5, random.pick(kDirectAndProducts), dim, random.chance(0.5) ? DType::f32 : DType::bf16,
+                      DType::f32, random.chance(0.5));
       problem.fill(random, random.chance(0.5) ? 0 : 10, unit);
       state().context = problem.text() + ", unit " + std::to_string(unit);
       check_distances(problem, random, 1, 35);
     }
 }
 
-// NaN or infinity in a row: none of its distances is a finite number, all others are what they were.
-TEST(rows_that_are_not_finite) {
+// NaN or infinity in a row: none of its distances is finite, the distances of other rows do not change.
+TEST(non_finite_rows) {
   Random random(8);
   for (const DType dtype : kDTypes)
     for (const int64_t dim : {1, 16, 17, 513, 8191})
       for (const double bad : {kNan, kInf, -kInf})
         for (const bool centered : {false, true}) {
-          const int64_t batch = 19, classes = random.pick(kBothWays);
+          const int64_t batch = 19, classes = random.pick(kDirectAndProducts);
           Problem problem(batch, classes, dim, dtype, DType::f32, centered);
           problem.fill(random, 1);
           state().context = problem.text() + ", with " + std::to_string(bad);

@@ -20,7 +20,7 @@ std::vector<int64_t> some_ids(Random& random, int64_t count, int64_t rows) {  //
   return all;
 }
 
-// What leaves and what stays, from the answers that every row would get. `entropy` is only known up to `slack`.
+// Which rows leave, from the answers of all rows. `entropy` is known up to `slack` only.
 void check_departure(const Departure& departure, const Out& every, const std::vector<double>& entropy, double slack,
                      const Out& out, const Exact<int64_t>& keep, int64_t kept) {
   const int64_t batch = every.rows;
@@ -61,14 +61,14 @@ std::vector<float> thresholds(Random& random, const Out& every, const std::vecto
   return all;
 }
 
-// step(departure, answers, keep) must do what `every` row's answer and the rule say, for many thresholds.
+// step(departure, answers, keep) must match the answers of all rows (`every`) and the rule, for many thresholds.
 template <class Step>
 void check_steps(Random& random, const Out& every, const std::vector<double>& entropy, double slack, const Step& step) {
   const int64_t batch = every.rows, classes = every.classes;
   const int64_t rows = batch + (random.chance(0.5) ? random.below(20) : 0);
   for (const Rule rule : {Rule::confidence, Rule::entropy})
     for (const float threshold : thresholds(random, every, entropy, rule)) {
-      const Exact<int64_t> ids(some_ids(random, batch, rows)), keep(batch, kNobody);
+      const Exact<int64_t> ids(some_ids(random, batch, rows)), keep(batch, kUnset);
       const Out out(rows, classes);
       const Departure departure{rule, threshold, 40 + random.below(9), ids.data()};
       check_departure(departure, every, entropy, slack, out, keep, step(departure, out.view(), keep.data()));
@@ -104,7 +104,7 @@ void check_problem(Random& random, const Problem& problem, int64_t sampled_rows)
     slack = std::max(slack, lost);
     entropy.push_back(Truth(z).entropy);
     if (b < sampled_rows) check_answer(every, b, z, lost);
-    CHECK(every.exit[b] == kNobody);
+    CHECK(every.exit[b] == kUnset);
   }
   check_steps(random, every, entropy, slack_of_entropy(static_cast<size_t>(classes), slack),
               [&](const Departure& departure, const Answers& out, int64_t* keep) {
@@ -129,7 +129,7 @@ TEST(shapes_of_exit_step) {
   }
 }
 
-// The whole way from the equations, not from class_distances.
+// Compared with the equations, not with class_distances.
 TEST(scores_from_the_equations) {
   Random random(2);
   for (int i = 0; i < times(40); ++i) {
@@ -184,8 +184,8 @@ TEST(all_the_same_mean) {
   }
 }
 
-// A class without a sample: its mean may be anything, the others are answered as if it were not there.
-TEST(scales_that_are_not_usable) {
+// A class without samples: its mean may be anything, the scores of the others are as without it.
+TEST(unusable_scales) {
   Random random(4);
   for (const float bad : {0.f, -0.f, -1.f, kNanf, kInff, -kInff})
     for (const double mean : {0., 1e30, kNan, kInf, -kInf})
@@ -213,7 +213,7 @@ TEST(scales_that_are_not_usable) {
       }
 }
 
-TEST(a_row_that_is_not_finite_never_leaves) {
+TEST(non_finite_rows_never_leave) {
   Random random(5);
   for (const DType dtype : kDTypes)
     for (const double bad : {kNan, kInf, -kInf})
@@ -233,7 +233,7 @@ TEST(a_row_that_is_not_finite_never_leaves) {
       }
 }
 
-TEST(one_class_and_its_entropy_of_zero) {  // the one entropy that is known exactly
+TEST(one_class_and_its_entropy_of_zero) {  // the only entropy that is known exactly
   Problem problem(3, 1, 4);
   for (int64_t i = 0; i < 4; ++i) problem.x.set(1, i, 5);
   const Exact<int64_t> ids(std::vector<int64_t>{0, 1, 2}), keep(3);
@@ -248,7 +248,7 @@ TEST(one_class_and_its_entropy_of_zero) {  // the one entropy that is known exac
   CHECK(stay(Rule::confidence, std::nextafter(1.f, 0.f)) == 0);
 }
 
-TEST(answers_that_are_not_wanted) {  // exit and log_probs may be null
+TEST(null_outputs_are_skipped) {  // exit and log_probs may be null
   Random random(6);
   Problem problem(40, 10, 64);
   problem.fill(random, 0);
@@ -260,7 +260,7 @@ TEST(answers_that_are_not_wanted) {  // exit and log_probs may be null
   for (int64_t i = 0; i < kept; ++i) CHECK(keep[i] == keep_too[i]);
   for (int64_t row = 0; row < 40; ++row) {
     CHECK(full.confidence[row] == part.confidence[row] && full.prediction[row] == part.prediction[row]);
-    CHECK(part.exit[row] == kNobody && part.log_probs[row * 10 + 3] == kNothing);
+    CHECK(part.exit[row] == kUnset && part.log_probs[row * 10 + 3] == kUnsetFloat);
   }
 }
 
@@ -290,23 +290,23 @@ TEST(ids_out_of_range) {
     for (const int64_t place : {0, 1, 17, 39})
       for (const Rule rule : {Rule::confidence, Rule::entropy})
         for (const int threads : {1, 4}) {
-          const Exact<int64_t> ids(some_ids(random, 40, 40)), keep(40, kNobody);
+          const Exact<int64_t> ids(some_ids(random, 40, 40)), keep(40, kUnset);
           ids[place] = bad;
           const Out out(40, 3);
-          // Also where nobody would leave: a wrong id is a mistake of the caller, not of the data.
+          // Also if no row leaves: a wrong id is an error of the caller, whatever the data.
           const Departure departure{rule, random.pick({-kInff, 0.5f, kInff}), 1, ids.data()};
           const Matrix logits(DType::f32, 40, 3, 3);
           CHECK_THROWS(std::out_of_range,
                        exit_step(problem.x.view(), problem.head(), departure, out.view(), keep.data(), threads));
           CHECK_THROWS(std::out_of_range, decide(logits.view(), nullptr, departure, out.view(), keep.data(), threads));
           CHECK(out.untouched());
-          for (int64_t i = 0; i < 40; ++i) CHECK(keep[i] == kNobody);
+          for (int64_t i = 0; i < 40; ++i) CHECK(keep[i] == kUnset);
         }
   const Out none(0, 3);
-  const Exact<int64_t> ids(1), keep(1, kNobody);
+  const Exact<int64_t> ids(1), keep(1, kUnset);
   CHECK_THROWS(std::out_of_range, exit_step(problem.x.view(0, 1), problem.head(),
                                             {Rule::confidence, 0.f, 1, ids.data()}, none.view(), keep.data(), 1));
-  CHECK(keep[0] == kNobody);
+  CHECK(keep[0] == kUnset);
 }
 
 // ---- decide ---------------------------------------------------------------------------------------------------------
@@ -406,8 +406,8 @@ TEST(zeros_of_both_signs_tie) {
   CHECK(out.prediction[0] == 0 && out.prediction[1] == 0);
 }
 
-// The tail of exp: every gap from 0 to beyond the last that counts.
-TEST(two_logits_at_any_gap) {
+// exp for all gaps from 0 to beyond the last that contributes.
+TEST(exp_at_any_gap) {
   const int64_t rows = effort() < 1 ? 2000 : 20000;
   const Matrix logits(DType::f32, rows, 2, 2);
   for (int64_t b = 0; b < rows; ++b) logits.set(b, 1, -110. * static_cast<double>(b) / static_cast<double>(rows));

@@ -1,4 +1,4 @@
-// Offsets beyond 2^31 elements and 2^32 bytes, in address space that is reserved but hardly used.
+// Offsets beyond 2^31 elements and 2^32 bytes, in address space that is reserved and mostly untouched.
 #include "data.h"
 
 using namespace e2cm;
@@ -9,7 +9,7 @@ using namespace e2cm::test;
 
 namespace {
 
-class Sparse {  // zeros, of which only those that are touched take memory
+class Sparse {  // zeros; only touched pages take memory
  public:
   explicit Sparse(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
     memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -37,7 +37,7 @@ constexpr int64_t kGap = (int64_t{1} << 30) + 3;
 
 }  // namespace
 
-TEST(rows_far_apart) {
+TEST(large_row_strides) {
   const int64_t batch = 5, classes = 3, dim = 530;
   const Sparse rows((batch - 1) * kGap * 2 + dim * 2), far_means((classes - 1) * kGap * 4 + dim * 4);
   if (!rows.there() || !far_means.there()) return;
@@ -64,7 +64,7 @@ TEST(rows_far_apart) {
   }
 }
 
-TEST(answers_far_down) {  // rows * classes of the answers beyond 2^32
+TEST(large_answer_offsets) {  // rows * classes of the answers beyond 2^32
   const int64_t rows = 4400000, classes = 1000, batch = 3;
   const Sparse confidence(rows * 4), prediction(rows * 8), exit(rows * 8), log_probs(rows * classes * 4);
   if (!confidence.there() || !prediction.there() || !exit.there() || !log_probs.there()) return;

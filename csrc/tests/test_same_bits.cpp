@@ -1,4 +1,4 @@
-// The same bits whatever the threads, the batch and the place in it, and for several callers at once.
+// The same bits for any number of threads, any batch, any position in it, and for concurrent callers.
 #include <thread>
 
 #include "data.h"
@@ -18,7 +18,7 @@ struct Result {
       : distances(count * problem.means.rows()),
         every(count, problem.means.rows()),
         out(count, problem.means.rows()),
-        keep(count, kNobody) {
+        keep(count, kUnset) {
     const Rows x = problem.x.view(first, count);
     ClassMeans head = problem.head();
     head.packed = packed;
@@ -30,7 +30,7 @@ struct Result {
   }
 };
 
-// Rows `first` on of `whole` are all rows of `part`.
+// The rows of `part` are those of `whole` from `first` on.
 bool agree(const Result& whole, int64_t first, const Result& part) {
   const int64_t count = part.every.rows, classes = part.every.classes, last = whole.every.rows - 1;
   if (!same_bits(whole.distances.data() + first * classes, part.distances.data(), count * classes)) return false;
@@ -48,7 +48,7 @@ bool equal(const Result& a, const Result& b) {
   return agree(a, 0, b);
 }
 
-// Rows so near a mean that they take the long way, rows with NaN, and ordinary ones.
+// Rows so near a mean that they need the exact distance, rows with NaN, and ordinary ones.
 void spoil(Random& random, const Problem& problem) {
   for (int64_t b = 0; b < problem.x.rows(); ++b) {
     if (random.chance(0.2)) problem.x.copy_row(random.below(problem.means.rows()), problem.means, b);
@@ -94,7 +94,7 @@ TEST(alone_or_in_a_batch) {
   }
 }
 
-TEST(packed_ahead_or_in_every_call) {
+TEST(packed_once_or_per_call) {
   Random random(5);
   CHECK(packed_bytes(24, 5000) == 0);
   for (int i = 0; i < times(40); ++i) {
@@ -151,7 +151,7 @@ TEST(decide_at_any_number_of_threads_and_alone) {
   }
 }
 
-TEST(eight_callers_at_once) {
+TEST(concurrent_callers) {
   Random random(4);
   const int64_t batch = 65, classes = 10, dim = effort() < 1 ? 1030 : 8191;
   Problem problem(batch, classes, dim);

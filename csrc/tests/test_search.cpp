@@ -1,4 +1,4 @@
-// The threshold search: what it says of its vectors against a loop over samples, its targets, threads, odd records.
+// The threshold search: its FLOPs and accuracy against a loop over samples, its targets, threads, unusual records.
 #include <algorithm>
 #include <stdexcept>
 #include <thread>
@@ -20,8 +20,7 @@ struct Record {
   Record(int64_t n, int64_t m)
       : rows(n), exits(m), confidence(n * (m + 1)), correct(n * (m + 1)), stage(m + 1, 1.0), head(m, 0.01) {}
 
-  // values: how many different confidences there are at an exit, 0 for as many as floats; odd: the share of NaN and
-  // +-inf.
+  // values: the number of different confidences at an exit, 0 for continuous ones; odd: the share of NaN and +-inf.
   void fill(Random& random, int64_t values, double odd) const {
     for (int64_t i = 0; i < rows * (exits + 1); ++i) {
       const double value = values ? static_cast<double>(random.below(values) - values / 2) : random.normal();
@@ -86,7 +85,7 @@ bool same(const Found& a, const Found& b) {
 
 }  // namespace
 
-TEST(what_it_says_of_its_vectors) {
+TEST(reported_flops_and_accuracy) {
   Random random(1);
   const int64_t sizes[] = {1, 2, 3, 7, 63, 64, 65, 127, 128, 200, 2047, 2048, 2049, 4200};
   for (int trial = 0; trial < times(400); ++trial) {
@@ -148,7 +147,7 @@ TEST(targets_are_met) {
   }
 }
 
-TEST(ascent_ends_where_no_single_step_helps) {
+TEST(ascent_ends_in_a_coordinatewise_maximum) {
   Random random(7);
   constexpr int64_t kPrices = 8;
   for (int trial = 0; trial < times(150); ++trial) {
@@ -192,12 +191,12 @@ TEST(the_base_network_costs_one) {
   for (int64_t j = 0; j < 5; ++j) off.thresholds[j] = kInff;
   record.sorted().replay(1, off.view(), 1);
   CHECK(off.flops[0] == 1);
-  for (int64_t j = 0; j < 5; ++j) off.thresholds[j] = 1e30f;  // on, and too high for anybody but +inf
+  for (int64_t j = 0; j < 5; ++j) off.thresholds[j] = 1e30f;  // computed, and too high for any confidence but +inf
   record.sorted().replay(1, off.view(), 1);
   CHECK(off.flops[0] > 1 || record.head.values() == std::vector<double>(5));
 }
 
-TEST(halfway_between_stays_and_leaves) {
+TEST(thresholds_are_halfway_between_neighbours) {
   const Record record(4, 1);
   const float confidence[] = {0.5f, 1.f, 0.25f, 1.f};
   for (int64_t i = 0; i < 4; ++i) record.confidence[2 * i] = confidence[i];
@@ -223,7 +222,7 @@ TEST(neighbouring_floats) {
   CHECK(found.thresholds[3] == -3e38f);
 }
 
-TEST(any_threads_and_any_pieces) {
+TEST(same_bits_for_any_threads_and_any_division) {
   Random random(5);
   const Record record(700, 6);
   record.fill(random, 0, 0.01);
@@ -246,7 +245,7 @@ TEST(any_threads_and_any_pieces) {
   CHECK(!same(whole, another_seed));
 }
 
-TEST(several_callers_of_one_search) {
+TEST(concurrent_callers_of_one_search) {
   Random random(6);
   const Record record(2000, 5);
   record.fill(random, 0, 0);
@@ -265,7 +264,7 @@ TEST(several_callers_of_one_search) {
   for (const bool each : good) CHECK(each);
 }
 
-TEST(sizes_that_cannot_be) {
+TEST(invalid_sizes) {
   const Record none(0, 2);
   CHECK_THROWS(std::invalid_argument, ThresholdSearch{none.view()});
   RecordView view = Record(1, 1).view();

@@ -1,4 +1,4 @@
-// Statistics of maps and linear heads against the equations in double; the same bits for any threads and any batch.
+// Statistics of feature maps, and linear heads, against the equations in double; same bits for any threads and batch.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -13,10 +13,10 @@ namespace {
 
 constexpr int64_t kChannels[] = {1, 3, 8, 15, 16, 17, 24, 31, 32, 40, 63, 64, 65, 130};
 constexpr int64_t kSides[] = {1, 2, 3, 4, 7, 8, 9, 16, 33, 300};
-// Of a sum, relative to the sum of the magnitudes: chains of 256 numbers, and those of one sum more.
+// The error of a sum relative to the sum of the magnitudes: chains of 256 values, and the sum of their sums.
 constexpr double kSlack = 260 * kUlp;
 
-// Maps in a matrix without a byte to spare, one sample per row.
+// Maps in a matrix of exact size, one sample per row.
 struct Case {
   Matrix x;
   Maps maps;
@@ -47,7 +47,7 @@ struct Case {
     return some;
   }
   std::vector<float> run(int64_t first, int64_t count, int threads) const {
-    const Exact<float> out(count * size(), kNothing);
+    const Exact<float> out(count * size(), kUnsetFloat);
     statistics(part(first, count), wanted, out.data(), threads);
     return out.values();
   }
@@ -83,7 +83,7 @@ Cell cell_of(const Case& c, const Grid& grid, int64_t row, int64_t channel, int6
   return cell;
 }
 
-// check(cell, what came) for every cell of a grid, in the order of the results.
+// check(expected cell, result) for every cell of a grid, in the order of the results.
 template <class Check>
 const float* for_cells(const Case& c, const Grid& grid, int64_t row, const float* got, const Check& check) {
   for (int64_t channel = 0; channel < c.maps.channels; ++channel)
@@ -135,7 +135,7 @@ Case random_case(Random& random, int64_t rows) {
 
 }  // namespace
 
-TEST(statistics_are_those_of_the_equations) {
+TEST(statistics_match_the_equations) {
   Random random(1);
   for (int i = 0; i < times(300); ++i) {
     const Case c = random_case(random, 1 + random.below(3));
@@ -156,7 +156,7 @@ TEST(statistics_at_any_number_of_threads_and_alone) {
   }
 }
 
-TEST(what_is_not_finite_reaches_its_cells_and_pairs_and_no_others) {
+TEST(non_finite_values_reach_only_their_cells_and_pairs) {
   Random random(3);
   for (int i = 0; i < times(100); ++i) {
     const Case c = random_case(random, 1);
@@ -184,7 +184,7 @@ TEST(an_empty_batch) {
   CHECK(c.run(0, 0, 4).empty());
 }
 
-TEST(linear_scores_are_those_of_the_equations) {
+TEST(linear_scores_match_the_equations) {
   Random random(5);
   for (const Shape& shape : shapes(random, times(3), at_most(4e6))) {
     Problem problem(shape.batch, shape.classes, shape.dim, random.pick(kDTypes), random.pick(kDTypes), false,
@@ -214,7 +214,7 @@ TEST(linear_scores_are_those_of_the_equations) {
   }
 }
 
-TEST(steps_of_heads_that_look_at_statistics) {
+TEST(steps_of_heads_on_statistics) {
   Random random(6);
   for (int i = 0; i < times(40); ++i) {
     const Case c = random_case(random, 1 + random.below(60));

@@ -23,9 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import ops
-from ..heads import Head
-from ..heads.protocol import Walk
-from ..heads.rules import Rule
+from ..heads.protocol import ExitNetwork
 from ..ops.types import Decisions
 from .profile import Profile, check_batch_size
 
@@ -34,11 +32,8 @@ __all__ = ["measure", "median_thresholds"]
 
 @torch.no_grad()
 def measure(
-    heads: Sequence[Head],
-    rule: Rule,
-    walk: Walk,
+    network: ExitNetwork,
     images: Tensor,
-    names: Sequence[str],
     *,
     batch_size: int = 128,
     repeats: int = 10,
@@ -48,11 +43,8 @@ def measure(
     """Measure a profile: medians over `repeats` rounds, after a round that does not count.
 
     Args:
-        heads: The M heads.
-        rule: Turns scores into a certainty.
-        walk: Runs the network on a batch.
-        images: A batch to run; a smaller one is repeated.
-        names: Names of the M exits.
+        network: The network with its exits, all heads fitted.
+        images: A batch to run, on the network's device and in its dtype; a smaller one is repeated.
         batch_size: The largest batch size.
         repeats: Number of rounds.
         progress: Show a progress bar.
@@ -69,27 +61,30 @@ def measure(
     images = torch.cat([images] * math.ceil(batch_size / len(images)))[:batch_size]
     sizes = (*itertools.takewhile(lambda size: size < batch_size, (1 << k for k in itertools.count())), batch_size)
     batches = [images[:size] for size in sizes]
-    limits = [median_thresholds(heads, rule, walk, batch) for batch in batches]
+    limits = [median_thresholds(network, batch) for batch in batches]
     rounds = []
     for _ in tqdm(range(repeats + 1), desc="profile", disable=not progress, leave=False):
-        rounds.append([_time_once(heads, rule, walk, *pair, clock) for pair in zip(batches, limits, strict=True)])
+        rounds.append([_time_once(network, *pair, clock) for pair in zip(batches, limits, strict=True)])
     seconds = torch.tensor(rounds[1:], dtype=torch.float64, device="cpu").quantile(0.5, dim=0)
-    first_step, first_move = len(heads) + 1, 2 * len(heads) + 1
+    exits = len(network.exit_names)
+    first_step, first_move = exits + 1, 2 * exits + 1
     stages, steps, moves = seconds[:, :first_step], seconds[:, first_step:first_move], seconds[:, first_move:]
-    return Profile(stages, steps, sizes, tuple(names), _device_name(images.device), moves)
+    return Profile(stages, steps, sizes, network.exit_names, _device_name(images.device), moves)
 
 
-def median_thresholds(heads: Sequence[Head], rule: Rule, walk: Walk, images: Tensor) -> list[float]:
+def median_thresholds(network: ExitNetwork, images: Tensor) -> list[float]:
     """The threshold of every exit above which half of these samples leave."""
+    heads, rule = network.head_list(), network.rule
     limits: list[float] = []
-    walk(images, lambda j, x: limits.append(float(heads[j].score(x, rule)[0].nanmedian())), logits=False)
+    network.walk(images, lambda j, x: limits.append(float(heads[j].score(x, rule)[0].nanmedian())), logits=False)
     return [math.inf if math.isnan(limit) else limit for limit in limits]
 
 
 def _time_once(
-    heads: Sequence[Head], rule: Rule, walk: Walk, images: Tensor, limits: Sequence[float], clock: Callable[[], float]
+    network: ExitNetwork, images: Tensor, limits: Sequence[float], clock: Callable[[], float]
 ) -> list[float]:
     """Seconds of M+1 stages, then of M exit steps, then of moving all samples at M exits."""
+    heads, rule = network.head_list(), network.rule
     rows, device = len(images), images.device
     stages: list[float] = []
     steps: list[float] = []
@@ -116,7 +111,7 @@ def _time_once(
         start = now()
 
     start = now()
-    walk(images, visit, logits=True)
+    network.walk(images, visit, logits=True)
     stages.append(now() - start)
     return [*stages, *steps, *moves]
 

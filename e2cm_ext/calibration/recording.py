@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
 from ..data.loader import Loader
 from ..data.overlap import FittedImages, numbers_of
-from ..heads.base import Head
-from ..heads.ensemble import Combination, combined
-from ..heads.protocol import Walk
-from ..heads.rules import Rule
-from ..stages.flops import Costs
+from ..heads.ensemble import combined
+from ..heads.protocol import ExitNetwork
 from ..utils import distributed
 from ..utils.warn import warn
 from .record import Record
@@ -24,34 +19,22 @@ _MAX_OVERLAP = 0.01  # without a warning: some data sets hold a few images twice
 
 
 @torch.no_grad()
-def record(
-    heads: Sequence[Head],
-    rule: Rule,
-    walk: Walk,
-    loader: Loader,
-    costs: Callable[[], Costs],
-    fitted_images: FittedImages | None,
-    combination: Combination | None = None,
-) -> Record:
+def record(network: ExitNetwork, loader: Loader, fitted_images: FittedImages | None) -> Record:
     """Record what every head, and the network itself, says about every sample.
 
     Under torch.distributed: about the samples of all processes, in the order of their ranks.
 
     Args:
-        heads: The M heads.
-        rule: Turns scores into a certainty.
-        walk: Runs the network on a batch.
+        network: The network with its exits, all heads fitted.
         loader: Batches of images with labels.
-        costs: Returns the FLOPs of stages and heads; called after the pass.
         fitted_images: Those that the heads were fitted on, if known: a warning says so if the loader gives the same.
-        combination: How exits answer together; None: each answers for itself.
 
     Raises:
         ValueError: The loader gave no sample.
     """
     with distributed.synchronize_errors("record"):
-        columns, numbers = _record_local(heads, rule, walk, loader, combination)
-        local_costs = costs() if len(numbers) else None
+        columns, numbers = _record_local(network, loader)
+        local_costs = network.costs if len(numbers) else None
     parts = distributed.all_gather_objects((*columns, numbers))
     confidence, predictions, label, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
     if not len(label):
@@ -59,29 +42,26 @@ def record(
     if fitted_images is not None:
         _warn_of_overlap(fitted_images.share(numbers))
     known_costs = next(found for found in distributed.all_gather_objects(local_costs) if found is not None)
-    return Record(confidence, predictions, label, known_costs, rule.name)
+    return Record(confidence, predictions, label, known_costs, network.rule.name)
 
 
-def _record_local(
-    heads: Sequence[Head], rule: Rule, walk: Walk, loader: Loader, combination: Combination | None
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+def _record_local(network: ExitNetwork, loader: Loader) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Certainties, predictions and labels of this process's samples, and the numbers of its images."""
-    columns = len(heads) + 1
+    columns = len(network.exit_names) + 1
     none = torch.empty(0, dtype=torch.int64, device="cpu")
     rows = [(none.new_empty(0, columns).float(), none.new_empty(0, columns).int(), none)]
     numbers = [none]
     for images, labels in loader.run("record"):
         numbers.append(numbers_of(images))
-        certainty, prediction = _score_batch(heads, rule, walk, images, combination)
+        certainty, prediction = _score_batch(network, images)
         rows.append((certainty.cpu(), prediction.cpu(), labels.cpu()))
     confidence, predictions, label = (torch.cat(column) for column in zip(*rows, strict=True))
     return (confidence, predictions, label), torch.cat(numbers)
 
 
-def _score_batch(
-    heads: Sequence[Head], rule: Rule, walk: Walk, images: Tensor, combination: Combination | None
-) -> tuple[Tensor, Tensor]:
+def _score_batch(network: ExitNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
     """Certainties [B, M+1] float32 and predictions [B, M+1] int32 of every exit, and of the network itself."""
+    heads, rule, combination = network.head_list(), network.rule, network.combination
     shape = (len(images), len(heads) + 1)
     certainty = torch.empty(shape, dtype=torch.float32, device=images.device)
     prediction = torch.empty(shape, dtype=torch.int32, device=images.device)
@@ -95,7 +75,7 @@ def _score_batch(
             log_probs, certainty[:, j], memory = combined(combination, heads[j], rule, x, memory, j)
             prediction[:, j] = log_probs.argmax(1)
 
-    logits = walk(images, score, logits=True)
+    logits = network.walk(images, score, logits=True)
     log_probs = logits.log_softmax(1).float()
     if combination is not None:
         logits, _ = combination(log_probs, memory, len(heads), True)

@@ -46,6 +46,8 @@ class FastExitNetwork:
         what: What it is wanted for, for error messages.
     """
 
+    combination = None  # each exit answers for itself
+
     def __init__(self, model: nn.Module, what: str) -> None:
         self.model, self.exits = model, exits_of(model)
         refuse_train_mode(model, what)
@@ -80,14 +82,12 @@ class FastExitNetwork:
         self.check_fitted()
         fitted_images = next(iter(self.exits.values()))._fitted_images
         batches = self.batches(loader, progress)
-        return recording.record(self.head_list(), self.rule, self.walk, batches, lambda: self.costs, fitted_images)
+        return recording.record(self, batches, fitted_images)
 
     def profile(self, images: Tensor, batch_size: int, *, repeats: int = 10, progress: bool = True) -> Profile:
         self.check_fitted()
-        return profiler.measure(
-            self.head_list(), self.rule, self.walk, placed(images, self.model), self.exit_names,
-            batch_size=batch_size, repeats=repeats, progress=progress,
-        )  # fmt: skip
+        batch = placed(images, self.model)
+        return profiler.measure(self, batch, batch_size=batch_size, repeats=repeats, progress=progress)
 
     def check_fitted(self) -> None:
         """Refuse if any exit is not fitted."""

@@ -7,7 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..stages.flops import Costs
 from .base import Head
+from .ensemble import Combination
 from .rules import Rule
 
 __all__ = ["ExitNetwork", "Visit", "Walk"]
@@ -25,13 +27,23 @@ class Walk(Protocol):
 
 
 class ExitNetwork(Protocol):
-    """A network with exits: EarlyExit, or a network with FastExit layers."""
+    """A network with exits: EarlyExit, or a network with FastExit layers.
+
+    `combination` says how exits answer together; None: each answers for itself. `costs` may be asked for only after the
+    network has run.
+    """
 
     @property
     def exit_names(self) -> tuple[str, ...]: ...
 
     @property
     def rule(self) -> Rule: ...
+
+    @property
+    def combination(self) -> Combination | None: ...
+
+    @property
+    def costs(self) -> Costs: ...
 
     def head_list(self) -> list[Head]: ...
 

@@ -52,8 +52,8 @@ class Stream:
         thresholds: [M]; +inf: the exit never fires.
         num_classes: Number of classes.
         batch_size: The most samples that a segment runs at once; None: the size of the first batch.
-        max_wait: After so many further batches a sample's segment runs without more company; None: after 64 times
-            `batch_size` samples.
+        max_wait: After so many further batches a sample's segment runs, however few samples wait with it; None: after
+            64 times `batch_size` samples.
         before_run: Called before a segment runs; raises if the network must not be run now.
     """
 
@@ -118,7 +118,7 @@ class Stream:
     # ---- in ---------------------------------------------------------------------------------------------------------
 
     def _receive(self, images: Tensor) -> None:
-        """Take one more batch; run what has enough company then, or has waited long enough."""
+        """Take one more batch; run the segments that have enough samples then, or whose samples waited long enough."""
         count = images.shape[0]
         self._make_room(count, images.device)
         numbers = torch.arange(self._received, self._received + count, device=images.device)
@@ -147,13 +147,13 @@ class Stream:
     # ---- through ----------------------------------------------------------------------------------------------------
 
     def _run_until(self, overdue: int) -> None:
-        """Run until no pool has enough samples, or one with a number below `overdue`."""
+        """Run until no pool has enough samples to run, and none holds a sample with a number below `overdue`."""
         while (j := self._next_segment(overdue)) is not None:
             self._run(j)
 
     def _next_segment(self, overdue: int) -> int | None:
-        """The deepest pool with enough samples. Of those that must be run without, the shallowest: its survivors are
-        company for the next."""
+        """The deepest pool with enough samples. Of those that must run with fewer, the shallowest: its survivors join
+        the next."""
         half = self._batch_size // 2
         for j in reversed(range(len(self._pools))):
             if self._pools[j].count > half:

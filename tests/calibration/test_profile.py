@@ -264,10 +264,9 @@ def timed(rows: int, batch_size: int, hiccups=(), repeats=3):
             clock.work("stage 1", len(x), 0.3 + 0.04 * len(x))
         return x
 
-    found = measure(
-        [head], Confidence(), walk, torch.rand(rows, 4, generator=generator(0)), ["a"],
-        batch_size=batch_size, repeats=repeats, progress=False, clock=clock,
-    )  # fmt: skip
+    network = SimpleNamespace(head_list=lambda: [head], rule=Confidence(), walk=walk, exit_names=("a",))
+    images = torch.rand(rows, 4, generator=generator(0))
+    found = measure(network, images, batch_size=batch_size, repeats=repeats, progress=False, clock=clock)
     return SimpleNamespace(profile=found, head=head, calls=clock.calls)
 
 

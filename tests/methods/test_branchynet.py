@@ -88,7 +88,7 @@ def test_a_sample_leaves_where_the_entropy_is_low(learned):
     limits = [1.2, 0.8]
     ee.thresholds = [-limit for limit in limits]
     decisions = ee.predict(images)
-    entropies = [entropy_of(scores) for scores in e2cm.cascade.scores(ee.stages, ee.heads, images)]
+    entropies = [entropy_of(scores) for scores in e2cm.runtime.cascade.scores(ee.stages, ee.heads, images)]
     near = [(entropy - limit).abs().min() for entropy, limit in zip(entropies, limits, strict=False)]
     assert min(near) > 1e-5  # no decision is a matter of rounding
     expected = torch.where(entropies[0] < limits[0], 0, torch.where(entropies[1] < limits[1], 1, 2))

@@ -39,16 +39,16 @@ def loss(outputs, labels, epoch):
 
 
 def train(ee, loader, *, epochs=3, lr=1e-2, module=None, **options):
-    module = module or training.Learners(ee)
+    module = module or training.ExitHeads(ee)
     optimizer = torch.optim.Adam(module.parameters(), lr)
-    prepare = training.same if isinstance(module, training.Joint) else training.Features(ee)
+    prepare = training.identity if isinstance(module, training.Joint) else training.Features(ee)
     losses = training.run(
         module,
         loader,
         loss,
         epochs=epochs,
         optimizer=optimizer,
-        schedule=training.falling(optimizer, epochs, (0.5,)),
+        schedule=training.step_decay(optimizer, epochs, (0.5,)),
         prepare=prepare,
         progress=False,
         **options,
