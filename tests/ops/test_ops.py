@@ -43,6 +43,8 @@ from support.tensors import (
 from e2cm_ext import Decisions, ops
 from e2cm_ext.ops import reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 RULES = ("confidence", "entropy")
 thresholds = st.one_of(
     st.sampled_from([-INF, INF, 0.0, -0.0, 1.0, 0.5, -1.0, 1e300]), st.floats(0, 1, width=32), st.floats(0, 5)
@@ -871,6 +873,7 @@ def test_compact_takes_any_mask_of_bools():
     assert ops.compact(x, every_third)[1].tolist() == [0, 3, 6, 9]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("view", ["conjugated", "negated"])
 def test_lazy_views_of_torch_are_values_like_any_other(view):
     """x.conj() and the imaginary part of it change a flag, not the memory."""
@@ -923,6 +926,7 @@ def test_one_of_everything():
     assert ops.class_distances(torch.tensor([[3.0]]), torch.tensor([[1.0]])).tolist() == [[2.0]]
 
 
+@pytest.mark.cpu_only
 def test_rows_further_apart_than_2_31_elements():
     try:
         storage = torch.empty(2**32 + 100, dtype=torch.bfloat16)  # touched in a few places only
@@ -939,6 +943,7 @@ def test_rows_further_apart_than_2_31_elements():
     assert_survivors(x[kept], kept, near, torch.arange(3), torch.isin(torch.arange(3), kept))
 
 
+@pytest.mark.cpu_only
 def test_more_than_2_31_elements():
     """2,200,000 samples of 1000 features that all lie in the same place."""
     x, means, _ = clusters(1, 1000, 1)
