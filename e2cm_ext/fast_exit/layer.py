@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..data.overlap import FittedImages
 from ..heads import Head, Rule, build
-from ..heads.base import positive
-from ..heads.rules import rule as rule_named
+from ..heads.base import positive_int
+from ..heads.rules import as_rule
 from ..ops import validation
 from ..ops.types import Decisions
 from ..runtime.cascade import Cascade
@@ -88,8 +88,8 @@ class FastExit(nn.Module):
         threshold: float = math.inf,
     ) -> None:
         super().__init__()
-        self.head = build(head, positive("num_classes", num_classes), [_shape(num_features_or_shape)])[0]
-        self.rule = rule_named(rule)
+        self.head = build(head, positive_int("num_classes", num_classes), [_shape(num_features_or_shape)])[0]
+        self.rule = as_rule(rule)
         self.register_buffer("threshold", torch.tensor(math.inf, dtype=torch.float32))
         self._set(threshold)
         self._fitted_images: FittedImages | None = None  # those of the last fit; not in the state_dict
@@ -188,4 +188,4 @@ def _shape(given: Any) -> tuple[int, ...]:
     sizes = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
     if not sizes:
         raise ValueError("`num_features_or_shape` is empty; wanted 144, or the shape of one sample, such as (8, 7, 7)")
-    return tuple(positive("num_features_or_shape", size) for size in sizes)
+    return tuple(positive_int("num_features_or_shape", size) for size in sizes)

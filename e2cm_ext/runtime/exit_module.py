@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..data.loader import Loader, place_of, refuse_train_mode
+from ..data.loader import Loader, device_and_dtype, refuse_train_mode
 from ..heads import Head, Rule
 from ..heads.ensemble import Combination
 from ..heads.protocol import Visit
@@ -72,7 +72,7 @@ class ExitModule(nn.Module):
         labelled: bool = True,
     ) -> None:
         super().__init__()
-        device, _ = place_of(stages)
+        device, _ = device_and_dtype(stages)
         self.stages = stages
         self.heads = nn.ModuleList(heads).to(device)
         self.rule, self.costs, self.num_classes = rule, costs, heads[0].num_classes
