@@ -23,6 +23,7 @@ The other ways, with the same exits and thresholds:
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -70,4 +71,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     subjects = (untrained(name, options) for name in options.torchvision) if options.torchvision else [trained(options)]
     rows = [row for subject in subjects for row in measure(subject, options)]
     how = {"compiled": options.compiled, "freezing": options.freezing, "folded": options.fold}
-    common.save(options, {"device": str(options.device), **how, "rows": rows})
+    packages = [name for name in ("earlyon", "torchvision") if name in sys.modules]
+    common.save(options, {"device": str(options.device), **how, "rows": rows}, *packages)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -76,7 +78,9 @@ class Measurement:
             return
         for name, head in (("plain torch", ways.head_in_torch), ("plain torch, our heads", ways.our_head)):
             self.add(name, batch_by_batch(ways.Plain(ee, thresholds, head), device), **facts, way=name)
-        if not self.options.compiled:  # earlyon refuses to be compiled
+        if not importlib.util.find_spec("earlyon"):
+            print("earlyon is not installed, and left out: pip install --no-deps earlyon", file=sys.stderr)
+        elif not self.options.compiled:  # it refuses to be compiled
             wrapped = ways.earlyon_around(self.subject.model, ee, thresholds, self.subject.images)
             self.add("earlyon", batch_by_batch(ways.one_by_one(wrapped), device), **facts, way="earlyon")
             batched = batch_by_batch(wrapped.forward_inference_batched, device)
