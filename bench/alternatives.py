@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import e2cm_ext as e2cm
 from e2cm_ext.utils.timing import ratio, time_interleaved
 
-from . import common
+from . import common, markdown
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Run = Callable[[Tensor], Tensor]
@@ -135,10 +135,10 @@ def run_all(run: Run, batches: list[Tensor]) -> None:
 
 def format_report(result: dict[str, Any]) -> str:
     rows = (
-        [name, f"{r['flops']:.2f}", f"{r['accuracy']:.4f}", common.with_spread(r["time"]), f"{r['ms per image']:.3f}"]
+        [name, f"{r['flops']:.2f}", f"{r['accuracy']:.4f}", markdown.with_spread(r["time"]), f"{r['ms per image']:.3f}"]
         for name, r in result["rows"].items()
     )
-    return common.table(["", "FLOPs", "accuracy", "time", "ms per image"], rows)
+    return markdown.table(["", "FLOPs", "accuracy", "time", "ms per image"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

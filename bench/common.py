@@ -1,4 +1,4 @@
-"""What all benches share: arguments, networks and images from files, timing, tables, and result files.
+"""What all benches share: arguments, networks and images from files, timing, and result files.
 
 Every result file has a block "provenance": the command, the commit, the processor, the number of threads and the
 versions that its figures come from, see `provenance`.
@@ -148,25 +148,6 @@ def spread(values: np.ndarray | Sequence[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile."""
     p10, median, p90 = np.percentile(values, [10, 50, 90])
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
-
-
-# ---- tables ---------------------------------------------------------------------------------------------------------
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table. left: the number of columns that are aligned to the left."""
-    alignment = [":--"] * left + ["--:"] * (len(header) - left)
-    return "\n".join(row_of(row) for row in (header, alignment, *rows))
-
-
-def row_of(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def with_spread(found: Mapping[str, float], digits: int = 2) -> str:
-    """A median with its 10th and 90th percentile, as README and docs write them."""
-    median, p10, p90 = (f"{found[key]:.{digits}f}" for key in ("median", "p10", "p90"))
-    return f"{median} [{p10}, {p90}]"
 
 
 # ---- result files ---------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 
 import e2cm_ext as e2cm
 
-from . import common
+from . import common, markdown
 
 BUDGETS = [0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 LOSSLESS = 0.001
@@ -164,7 +164,7 @@ def format_report(result: dict[str, Any]) -> str:
         f"the network alone: {result['accuracy of the network']:.4f}; all heads together cost "
         f"{result['cost of all heads']:.4f} of it",
         "",
-        common.table(
+        markdown.table(
             ["exit", "cost of leaving there", "accuracy if all samples exit there"],
             [[name, f"{cost:.4f}", f"{accuracy:.4f}"] for name, cost, accuracy in rows],
         ),
@@ -174,7 +174,7 @@ def format_report(result: dict[str, Any]) -> str:
             header = [f"FLOPs asked for, {name}", "FLOPs", f"accuracy on {found['samples']} others"]
             points = [[f"{p['budget']:.2f}", f"{p['flops']:.4f}", f"{p['accuracy']:.4f}"] for p in found["points"] if p]
             lossless = found["lossless at"]
-            lines += ["", common.table(header, points, left=0)]
+            lines += ["", markdown.table(header, points, left=0)]
             lines += ["", f"within {LOSSLESS} of {found['network']:.4f} at {lossless and round(lossless, 4)}"]
     return "\n".join([*lines, "", ", ".join(f"{name}: {took:.1f} s" for name, took in result["seconds"].items())])
 

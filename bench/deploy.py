@@ -24,7 +24,7 @@ import e2cm_ext as e2cm
 from e2cm_ext.runner import Answers, OnnxCascade
 from e2cm_ext.utils.timing import ratio, time_interleaved
 
-from . import common
+from . import common, markdown
 
 BASE = "base.zip"
 BUDGETS = (0.25, 0.5, 0.75)
@@ -143,13 +143,13 @@ def format_report(rows: list[dict[str, Any]]) -> str:
             str(row["batch"]),
             str(row["exits on"]),
             f"{row['flops']:.3f}",
-            common.with_spread(row["time"], 3),
+            markdown.with_spread(row["time"], 3),
             f"{row['time']['median'] - row['flops']:+.3f}",
             f"{row['base ms per image']:.2f}",
         ]
         for row in rows
     ]
-    return common.table(header, lines, left=0)
+    return markdown.table(header, lines, left=0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

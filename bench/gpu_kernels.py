@@ -29,7 +29,7 @@ from torch import Tensor
 
 import e2cm_ext as e2cm
 
-from . import common
+from . import common, markdown
 
 SHAPES = [(10, 256, 4096), (10, 256, 16384), (10, 256, 65536), (10, 256, 802816), (100, 256, 16384), (1000, 1024, 2048)]
 SMALL_SHAPES = [(10, 4, 64), (40, 4, 64)]  # of a dry run
@@ -196,12 +196,12 @@ def format_report(result: dict[str, Any]) -> str:
     header = ["shape", "scores µs", "of copy bandwidth", "best rival", "µs", "ratio", "step µs", "gather, of copy"]
     return (
         f"{device}, torch {about['versions']['torch']}, {about['date'][:10]}, copy {copy:.0f} GB/s: "
-        f"`{about['command']}`\n\n{common.table(header, map(point_row, result['points']))}"
+        f"`{about['command']}`\n\n{markdown.table(header, map(point_row, result['points']))}"
     )
 
 
 def point_row(point: dict[str, Any]) -> list[str]:
-    times = {name: common.with_spread(found, 1) for name, found in point["microseconds"].items()}
+    times = {name: markdown.with_spread(found, 1) for name, found in point["microseconds"].items()}
     return [
         f"K={point['classes']}, B={point['batch']}, D={point['features']}, {point['dtype']}",
         times["scores"],

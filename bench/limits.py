@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from . import common
+from . import common, markdown
 
 SOURCE = Path(__file__).with_name("limits.c")
 FOR_THIS_MACHINE = (["-march=native"], ["-mcpu=native"], [])
@@ -176,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         reading = {size: max(probe() for _ in range(options.rounds)) / 1e9 for size, probe in probes.items()}
         gigaflops = max(peak() for _ in range(options.rounds)) / 1e9
     print(f"{common.processor()}, {threads} threads, measured by {method()}")
-    print(common.table(["MiB", "read, GB/s"], [[f"{size:g}", f"{rate:.1f}"] for size, rate in reading.items()], left=0))
+    cells = [[f"{size:g}", f"{rate:.1f}"] for size, rate in reading.items()]
+    print(markdown.table(["MiB", "read, GB/s"], cells, left=0))
     print(f"multiply-add, float32: {gigaflops:.1f} GFLOP/s")
     rows = [{"mebibytes": size, "gigabytes_per_second": rate} for size, rate in reading.items()]
     common.save(options, {"limits_by": method(), "read": rows, "gigaflops": gigaflops})

@@ -23,7 +23,7 @@ import e2cm_ext as e2cm
 from e2cm_ext.heads.whitened_means import statistics_of
 from e2cm_ext.utils.timing import time_interleaved
 
-from . import common, limits
+from . import common, limits, markdown
 
 EXITS = {(16, 32, 32): 10, (32, 16, 16): 9, (64, 8, 8): 9}  # shape of the maps: exits that have them
 ORDERS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
@@ -86,7 +86,7 @@ def format_report(result: dict[str, Any]) -> str:
     lines = [
         f"{threads} threads, batch {result['batch']}; reading at {result['read_gigabytes_per_second']:.1f} GB/s",
         "",
-        common.table(
+        markdown.table(
             ["microseconds", *rows[0]["microseconds"]],
             [[f"{r['shape']} {r['order']}", *(f"{t:.0f}" for t in r["microseconds"].values())] for r in rows],
         ),

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import common
+from .. import common, markdown
 from .measure import HEADER, measure
 from .subjects import trained, untrained
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.torchvision and options.data is None:
         parser.error("wanted a file that makes a network, what to call in it and data; or --torchvision NAME ...")
     options.compile_options = {"options": {"freezing": True}} if options.freezing else {}
-    print(common.table(HEADER, [], left=1), flush=True)
+    print(markdown.table(HEADER, [], left=1), flush=True)
     subjects = (untrained(name, options) for name in options.torchvision) if options.torchvision else [trained(options)]
     rows = [row for subject in subjects for row in measure(subject, options)]
     how = {"compiled": options.compiled, "freezing": options.freezing, "folded": options.fold}

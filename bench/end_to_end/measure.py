@@ -18,7 +18,7 @@ import e2cm_ext as e2cm
 from e2cm_ext.stages.compiled import Compiled
 from e2cm_ext.utils.timing import ratio, time_interleaved
 
-from .. import common
+from .. import markdown
 from . import ways
 from .subjects import Subject
 from .ways import Run, Way, batch_by_batch
@@ -120,7 +120,7 @@ class Measurement:
                 p50, p95, p99 = (1e3 * np.percentile(seconds, [50, 95, 99])).tolist()
                 row["ms per batch"] = {"p50": p50, "p95": p95, "p99": p99}
             rows.append(row)
-            print(common.row_of(cells(row)), flush=True)
+            print(markdown.row(cells(row)), flush=True)
         return rows
 
 
@@ -161,7 +161,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["way"],
         row.get("exits", ""),
         f"{row['flops']:.3f}" if "flops" in row else "",
-        common.with_spread(row["time"], 3),
+        markdown.with_spread(row["time"], 3),
         f"{row['time, large']['median']:.3f}",
         f"{row['images/s']:.4g}",
         ", ".join(f"{ms:.4g}" for ms in row.get("ms per batch", {}).values()),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..common import table, with_spread
+from ..markdown import table, with_spread
 from .rivals import NOTES, WAYS
 
 SHOWN = (10, 128, 16384)  # the shape whose share of the machine's limit is in the summary

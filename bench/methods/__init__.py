@@ -22,7 +22,7 @@ from typing import Any
 
 from e2cm_ext.methods import sdn
 
-from .. import common
+from .. import common, markdown
 from .baselines import FAMILIES, METHODS, Method
 from .results import BUDGETS, at_budgets, cells, table
 from .workspace import Workspace
@@ -35,7 +35,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for row in measure_rows(work):
         rows.append(row)
-        print(common.row_of(cells(row)), flush=True)
+        print(markdown.row(cells(row)), flush=True)
     correct = sum(int((work.model(x).argmax(1) == y).sum()) for x, y in work.test)
     return {
         "network": options.call,

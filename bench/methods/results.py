@@ -12,7 +12,7 @@ import e2cm_ext as e2cm
 from e2cm_ext.calibration.search import Points, hull, pareto_front
 from e2cm_ext.methods import training
 
-from .. import common
+from .. import markdown
 
 BUDGETS = (0.15, 0.2, 0.25, 0.3, 0.5, 0.75)
 HEADER = ["method", "training", *(f"{b:.2f}" for b in BUDGETS), "exits", "numbers added", "core-seconds"]
@@ -95,4 +95,4 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    return common.table(HEADER, map(cells, rows), left=2)
+    return markdown.table(HEADER, map(cells, rows), left=2)
