@@ -30,7 +30,7 @@ from torch import Tensor
 from .. import data, report
 from ..calibration.curves import OperatingPoint
 from ..calibration.record import Record
-from ..data.loader import placed
+from ..data.loader import to_network
 from ..early_exit import EarlyExit
 from ..native import build_info
 from ..utils import serialization, timing
@@ -464,7 +464,7 @@ def bench(file: Path, rounds: int, batches: int, **options: Any) -> None:
     work = Work.of(options)
     ee = work.load(file)
     size = options["batch_size"]
-    some = torch.split(placed(report.first_images(work.images(), size * batches), work.model), size)
+    some = torch.split(to_network(report.first_images(work.images(), size * batches), work.model), size)
 
     def through(run: Callable[[Tensor], Any]) -> Callable[[], None]:
         def way() -> None:

@@ -31,7 +31,7 @@ from ..calibration import plotting
 from ..calibration.curves import Curve, Method, OperatingPoint
 from ..calibration.profile import Profile
 from ..calibration.record import Record, Replay
-from ..data.loader import placed
+from ..data.loader import to_network
 from ..early_exit import EarlyExit
 from ..native import build_info
 from ..utils import serialization, timing
@@ -158,7 +158,7 @@ def measured(
     The network itself is here with all its exits off.
     """
     before = ee.thresholds
-    images = placed(images, ee.stages)
+    images = to_network(images, ee.stages)
 
     def way(limits: Tensor | float) -> Callable[[], Any]:
         def run() -> None:

@@ -16,7 +16,7 @@ from ...calibration.curves import Curve, curve_of_thresholds
 from ...calibration.record import Record
 from ...calibration.search import default_thresholds
 from ...calibration.target import refuse_foreign
-from ...data.loader import place_of
+from ...data.loader import device_and_dtype
 from ...early_exit import EarlyExit
 from ...stages import Stages
 from ...utils import distributed
@@ -208,7 +208,7 @@ def _inputs_and_losses(
     batches = loader if isinstance(loader, training.Cached) else ee.batches(loader, progress).run("answers")
     inputs: list[list[Tensor]] = [[] for _ in heads]
     losses = []
-    device, _ = place_of(ee.stages)
+    device, _ = device_and_dtype(ee.stages)
     for images, labels in batches:
         *squeezed, logits = (x.to(device) for x in features(images))
         predictions = []

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from ... import data
-from ...data.loader import place_of
+from ...data.loader import device_and_dtype
 from .checkpoint import TrainingState
 from .modules import Loss
 from .seeding import mix_seeds, rank_and_world_size
@@ -116,7 +116,7 @@ def run(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"`checkpoint` is {str(checkpoint)!r}: there is no such folder to write it to")
-    device, _ = place_of(module)
+    device, _ = device_and_dtype(module)
     gpus = [device] if device.type == "cuda" else []
     if precision is None and gpus and torch.cuda.is_bf16_supported():
         precision = torch.bfloat16

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data.loader import place_of, placed
+from ...data.loader import device_and_dtype, to_network
 from ...early_exit import EarlyExit
 from ..learned_head import LearnedHead
 
@@ -43,7 +43,7 @@ class Features:
     def __call__(self, images: Tensor | list[Tensor]) -> list[Tensor]:
         if isinstance(images, list):
             return images
-        x = placed(images, self.stages)
+        x = to_network(images, self.stages)
         features = []
         *early, last = self.stages
         for stage, head in zip(early, self.heads, strict=True):
@@ -103,7 +103,7 @@ class Joint(nn.Module):
         self._overwritten = _overwritten_by_next_stage(ee)
 
     def forward(self, images: Tensor) -> Outputs:
-        x = placed(images, self.stages)
+        x = to_network(images, self.stages)
         outputs: Outputs = []
         *early, last = self.stages
         for stage, head, overwritten in zip(early, self.heads, self._overwritten, strict=True):
@@ -140,8 +140,8 @@ def _learned_heads(ee: EarlyExit) -> list[LearnedHead]:
 @torch.no_grad()
 def _overwritten_by_next_stage(ee: EarlyExit) -> list[bool]:
     """For every exit, whether the next stage changes the features there in place."""
-    device, _ = place_of(ee.stages)
-    x = placed(torch.zeros(1, *ee.image_shape, dtype=ee.image_dtype, device=device), ee.stages)
+    device, _ = device_and_dtype(ee.stages)
+    x = to_network(torch.zeros(1, *ee.image_shape, dtype=ee.image_dtype, device=device), ee.stages)
     overwritten = []
     x = ee.stages[0](x)
     for stage in list(ee.stages)[1:]:
