@@ -11,6 +11,9 @@ import os
 import signal
 import sys
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n 2`: one thread each, or they would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings

@@ -104,10 +104,12 @@ def test_without_thresholds_it_is_the_network_bit_for_bit(layout, where, fitted)
     assert same_bits(ee(x), model(x).log_softmax(1).detach())
 
 
+@pytest.mark.vision
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_torchvision_s_networks_bit_for_bit(name, layout):
-    vision = pytest.importorskip("vision")
+    from support import vision
+
     torch.manual_seed(0)
     model = vision.torchvision.models.get_model(name, weights=None, num_classes=7).eval().to(memory_format=layout)
     x = torch.randn(3, 3, 64, 64, generator=generator(0)).contiguous(memory_format=layout)

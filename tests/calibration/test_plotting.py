@@ -169,6 +169,7 @@ def test_figures_of_records_are_not_pyplot_s(ax):
     assert (pyplot.get_fignums(), pyplot.gcf()) == (before, current)
 
 
+@pytest.mark.subprocess
 def test_matplotlib_is_loaded_only_to_draw():
     code = "import sys, e2cm_ext; assert not any(name.startswith('matplotlib') for name in sys.modules)"
     run_python("-c", code)

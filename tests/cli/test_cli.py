@@ -370,6 +370,7 @@ def test_warnings_are_lines_too(folder, tmp_path):
 # ---- as it is run ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.subprocess
 def test_as_a_program(folder):
     good = start("evaluate", folder / "net.e2cm", *what(folder), "--json")
     bad = start("evaluate", folder / "nothing.e2cm")
@@ -395,6 +396,7 @@ SLOW = """
 """
 
 
+@pytest.mark.subprocess
 def test_interrupted_nothing_is_written(folder, tmp_path):
     (folder / "slow.py").write_text(textwrap.dedent(SLOW))
     old = (folder / "net.e2cm").read_bytes()
@@ -412,11 +414,13 @@ def test_interrupted_nothing_is_written(folder, tmp_path):
     assert os.listdir(tmp_path) == ["old.e2cm"] and (tmp_path / "old.e2cm").read_bytes() == old
 
 
+@pytest.mark.subprocess
 def test_it_is_a_module_to_run_too():
     ran = run_python("-m", "e2cm_ext", "--help")
     assert ran.stdout.startswith("Usage: e2cm "), ran.stderr
 
 
+@pytest.mark.subprocess
 def test_a_full_disk_is_one_line(folder):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")

@@ -481,6 +481,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.vision
 def test_folder(torchvision, folder):
     x = np.concatenate([pictures(3, 6, 5, 3, seed=10 * k + 3)[0] for k in range(3)])
     loader = load(folder, normalise=COLOUR, batch_size=4)
@@ -499,6 +500,7 @@ def test_folder(torchvision, folder):
     assert [len(part.dataset) for part in split(loader, [6, 3])] == [6, 3]
 
 
+@pytest.mark.vision
 def test_the_same_image_from_a_folder_and_from_an_array(torchvision, folder):
     x = np.concatenate([pictures(3, 6, 5, 3, seed=10 * k + 3)[0] for k in range(3)])
     images, _ = all_of(load(folder, normalise=COLOUR, size=4))
@@ -509,6 +511,7 @@ def test_the_same_image_from_a_folder_and_from_an_array(torchvision, folder):
     assert same_bits(all_of(load(folder, transform=usual))[0], all_of(load(folder, normalise=COLOUR))[0])
 
 
+@pytest.mark.vision
 def test_folder_read_by_workers(torchvision, folder):
     expected = all_of(load(folder, normalise=COLOUR, batch_size=4))
     got = all_of(load(folder, normalise=COLOUR, batch_size=4, workers=1))
@@ -516,6 +519,7 @@ def test_folder_read_by_workers(torchvision, folder):
     assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.vision
 def test_folders_that_are_refused(torchvision, folder):
     image = pytest.importorskip("PIL.Image")
     with pytest.raises(ValueError, match=r"has no folder 'test'; it has train, val\. split=None reads it whole"):
@@ -544,6 +548,7 @@ def write_mnist(root, x, y, stem, name="MNIST"):
     (raw / f"{stem}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, len(y)) + y.astype(np.uint8).tobytes())
 
 
+@pytest.mark.vision
 @pytest.mark.parametrize("name", ["MNIST", "mnist", "FashionMNIST", "kmnist"])
 def test_torchvision_data_set_by_name(torchvision, tmp_path, monkeypatch, name):
     folder = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "kmnist": "KMNIST"}[name.lower()]
@@ -568,6 +573,7 @@ def test_torchvision_data_set_by_name(torchvision, tmp_path, monkeypatch, name):
         load(name, split="val", root=tmp_path, normalise=None)
 
 
+@pytest.mark.vision
 def test_torchvision_arrays_of_other_forms(torchvision, tmp_path, monkeypatch):
     x, y = pictures(12, 6, 5, 3)
 
@@ -597,6 +603,7 @@ def test_torchvision_arrays_of_other_forms(torchvision, tmp_path, monkeypatch):
         asked.clear()
 
 
+@pytest.mark.vision
 def test_torchvision_data_set_read_image_by_image(torchvision, tmp_path):
     image = pytest.importorskip("PIL.Image")
     x, _ = pictures(4, 6, 5, 3)
@@ -611,6 +618,7 @@ def test_torchvision_data_set_read_image_by_image(torchvision, tmp_path):
         load("EuroSAT", split="test", root=tmp_path, normalise=None)
 
 
+@pytest.mark.vision
 def test_nothing_is_downloaded_unasked(torchvision, tmp_path):
     for name in ("CIFAR10", "MNIST", "SVHN", "Semeion"):
         with pytest.raises(RuntimeError, match="download=True"):
@@ -618,6 +626,7 @@ def test_nothing_is_downloaded_unasked(torchvision, tmp_path):
     assert not list(tmp_path.glob("**/*.*"))
 
 
+@pytest.mark.vision
 def test_transform_of_real_models(torchvision):
     from support.vision import timm
 
@@ -631,6 +640,7 @@ def test_transform_of_real_models(torchvision):
     assert images.shape == (2, *model.pretrained_cfg["input_size"])
 
 
+@pytest.mark.subprocess
 def test_without_torchvision_the_way_out_is_named(tmp_path):
     """In a process of its own, where importing torchvision fails; arrays work there."""
     np.savez(tmp_path / "x.npz", x_train=GOOD_X, y_train=GOOD_Y)

@@ -25,6 +25,8 @@ from e2cm_ext.deploy.export_modules import Answer, Features, logits_of
 from e2cm_ext.methods.sdn import MostConfident
 from e2cm_ext.ops import reference
 
+pytestmark = pytest.mark.export
+
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs onnx, onnxscript and onnxruntime: the extra `onnx`")
 FORMATS = [pytest.param("onnx", marks=needs_onnx), "torch"]
@@ -250,6 +252,7 @@ def test_export_leaves_the_network_as_it_is(packed):
     assert not any(module.training for module in ee.modules())
 
 
+@pytest.mark.subprocess
 @needs_onnx
 def test_the_runner_needs_no_torch(packed, tmp_path):
     """As a file of its own, in a process that cannot import torch."""

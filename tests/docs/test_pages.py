@@ -211,6 +211,7 @@ def test_the_tour_of_the_command_line(tmp_path, monkeypatch):
     assert "accuracy" in said and (tmp_path / "resnet56.html").stat().st_size > 10_000
 
 
+@pytest.mark.subprocess
 def test_every_other_block_is_run_by_ci():
     """.ci/run takes them out of the pages by their first words, see `readme` there. Benches take their time: of these
     only the options are looked at, here."""

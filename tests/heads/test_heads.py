@@ -406,6 +406,8 @@ def test_what_cannot_be_merged():
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_two_processes_learn_what_one_does(tmp_path):
     x, labels = problem()
     heads = (ClassMeans, functools.partial(ClassMeans, passes=1), PooledMeans, LinearHead)

@@ -505,6 +505,8 @@ def test_what_cannot_be_merged():
             head.merge(other)
 
 
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_two_processes_learn_what_one_does(tmp_path):
     x, labels = problem(offset=3.0)
     labels = labels.sort().values  # the processes have seen other classes

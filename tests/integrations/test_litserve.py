@@ -15,10 +15,14 @@ from support.tensors import NAN
 sys.path.append(str(Path(__file__).parents[2]))  # at the end: e2cm_ext is the installed one
 from bench import clients
 
-pytestmark = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("litserve", "prometheus_client")),
-    reason="needs litserve and prometheus-client: the extra `serve`",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("litserve", "prometheus_client")),
+        reason="needs litserve and prometheus-client: the extra `serve`",
+    ),
+    pytest.mark.serving,
+    pytest.mark.subprocess,
+]
 CLIENTS, REQUESTS, EVERY = 16, 1000, 10
 
 

@@ -18,6 +18,8 @@ from support import ray_workers
 
 from e2cm_ext.integrations.ray import Predictor
 
+pytestmark = [pytest.mark.serving, pytest.mark.subprocess]
+
 IMAGES, BATCH = 600, 20
 
 

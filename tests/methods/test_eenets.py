@@ -251,6 +251,8 @@ def test_exits_of_a_finished_network():
     assert float(ee.record(test, progress=False).accuracy[0]) > untrained + 0.4
 
 
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_two_processes_may_leave_the_gates_for_later(tmp_path):
     """In the first stage nothing is learned about the gates, which processes that add up gradients must be told."""
     script = textwrap.dedent(

@@ -182,6 +182,7 @@ def test_a_run_goes_on_with_the_bits_it_would_have_had(tmp_path, after, joint):
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.subprocess
 def test_a_killed_process_goes_on_with_the_bits_it_would_have_had(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
@@ -323,6 +324,8 @@ def test_epochs_are_announced():
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_two_processes_train_as_one(tmp_path):
     """Each on its half of every batch: the same gradients, up to rounding; and the same weights in both, to the bit."""
     script = textwrap.dedent(

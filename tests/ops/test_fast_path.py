@@ -724,6 +724,7 @@ def test_eight_threads(op):
 # ---- without it ----------------------------------------------------------------------------------
 
 
+@pytest.mark.subprocess
 def test_a_torch_without_the_exchange_api():
     code = """
 import torch
@@ -741,6 +742,7 @@ assert ops.decide(x, x[:, :3], 2.0, ids, out)[0] is x
     run_python("-W", "ignore", "-c", code)
 
 
+@pytest.mark.subprocess
 @needs_it
 def test_tables_of_other_versions():
     """One of another major version is passed over, also in the chain; a capsule of another name is none."""
@@ -779,6 +781,7 @@ assert not met(None) and not met(3)
     run_python("-W", "ignore", "-c", code)
 
 
+@pytest.mark.subprocess
 @pytest.mark.slow
 @needs_it
 def test_all_ops_on_the_validated_path():

@@ -10,6 +10,8 @@ from support.subprocesses import run_python
 
 import e2cm_ext
 
+pytestmark = pytest.mark.subprocess
+
 HERE = Path(__file__).parent
 LEVELS = e2cm_ext.build_info()["isa_available"]
 

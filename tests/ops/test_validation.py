@@ -215,6 +215,7 @@ except Exception as error:
 }
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("state", STATES)
 def test_no_state_of_torch_crashes_the_process(state):
     run_python("-W", "ignore", "-c", PREPARE + STATES[state])

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from e2cm_ext.stages import Stages, cut, stage_flops
 from e2cm_ext.stages.flops import Costs, count_flops
 
+pytestmark = pytest.mark.vision
+
 # ---- counting -----------------------------------------------------------------------------------
 
 

@@ -16,8 +16,11 @@ from torch.nn import functional as F
 
 from e2cm_ext.stages import CutError, Stages, cut, flops, stage_flops
 
+pytestmark = pytest.mark.vision
+
 FORMATS = [torch.contiguous_format, torch.channels_last]
 LARGE = ("torchvision/resnet152", "torchvision/wide_resnet101_2")
+QUICK = ("torchvision/resnet18", "torchvision/mobilenet_v3_small", "timm/vit_tiny_patch16_224")
 
 
 def same(a, b):
@@ -58,7 +61,10 @@ def snapshot(model):
     return state, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module", params=vision.ZOO)
+@pytest.fixture(
+    scope="module",
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in vision.ZOO],
+)
 def case(request):
     with torch.no_grad():
         return Case(request.param)
@@ -132,9 +138,11 @@ def test_zoo_copies(case):
 def test_zoo_bfloat16(case):
     if case.name in LARGE:
         pytest.skip("slow, and nothing in it that is not in resnet50")
-    model, stages = copy.deepcopy(case.model).bfloat16(), copy.deepcopy(case.stages).bfloat16()
-    x = vision.images(2).bfloat16().to(memory_format=torch.channels_last)
-    assert same(stages.to(memory_format=torch.channels_last)(x), model.to(memory_format=torch.channels_last)(x))
+    model, stages = copy.deepcopy((case.model, case.stages))  # together: they share their weights
+    model.to(torch.bfloat16, memory_format=torch.channels_last)
+    x = vision.images(1).to(torch.bfloat16, memory_format=torch.channels_last)
+    assert all(p.dtype is torch.bfloat16 for p in stages.parameters())
+    assert same(stages(x), model(x))
 
 
 def test_zoo_all_contains_the_blocks(case):

@@ -34,6 +34,8 @@ def close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_torchrun_with_two_processes_gives_what_one_does(tmp_path):
     torchrun(SAME, tmp_path, tmp_path)
     torch.set_num_threads(1)  # as they do
@@ -138,6 +140,8 @@ def wait_for(process, text):
     raise AssertionError(f"never said {text!r}")
 
 
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_what_fails_in_one_process_fails_in_all(two_processes):
     first, second = two_processes("fails")
     said = [process.communicate(timeout=LIMIT)[0] for process in (first, second)]
@@ -149,6 +153,8 @@ def test_what_fails_in_one_process_fails_in_all(two_processes):
     assert "evaluate: RuntimeError evaluate: process 1 of 2 has failed" in said[0]
 
 
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_a_killed_process_is_an_error_in_the_others(two_processes):
     first, second = two_processes("is killed", seconds=60)
     wait_for(second, "in the middle")
@@ -159,6 +165,8 @@ def test_a_killed_process_is_an_error_in_the_others(two_processes):
     assert "fit: RuntimeError process 0 of 2 cannot reach the others: one of them has ended" in said
 
 
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_a_process_that_does_not_come_is_an_error_in_the_others(two_processes):
     first, second = two_processes("does not come", seconds=10)
     wait_for(second, "in the middle")
