@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n 2`: one thread each, or they would wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread: the tensors of tests are small, and threads that wait for each other took most of the time. Tests of
+# several threads ask for them. Processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
