@@ -985,7 +985,7 @@ def test_save_and_load(tmp_path, head, rule):
     loaded.fit(loader(), progress=False)  # and on it goes
 
 
-def test_a_file_is_small_and_for_everybody(tmp_path):
+def test_a_file_is_small_and_readable_by_others(tmp_path):
     """safetensors, without the base network's weights, with the permissions of any new file."""
     from safetensors import safe_open
 

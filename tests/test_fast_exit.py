@@ -66,7 +66,7 @@ FEW = partial(WhitenedMeans, statistics=Statistics(mean=(2, 2), pairs=2))
 @pytest.mark.parametrize("head", [FEW, "class_means", "pooled_means"], ids=["whitened", "class", "pooled"])
 @pytest.mark.parametrize("rule", ["confidence", "entropy"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_it_says_what_early_exit_says(head, rule, layout):
+def test_answers_are_those_of_early_exit(head, rule, layout):
     fit_on, others = harder(1000, seed=0), harder(200, seed=1)
     model, ee = fitted(fit_on, head=head, rule=rule), wrapped(fit_on, head=head, rule=rule)
     record = fast_exit.record(model, others, progress=False)
@@ -155,7 +155,7 @@ def test_survivors_go_on_in_their_old_order():
     assert torch.equal(model.seen[0], x[[0, 2, 3]]) and torch.equal(model.seen[1], x[[0, 3]])
 
 
-def test_done_when_nobody_is_left():
+def test_done_when_all_samples_have_left():
     model = Vectors().eval()
     fast_exit.set_thresholds(model, [-INF, -INF])
     assert model(torch.rand(5, 4)).exit.tolist() == [0] * 5
@@ -217,7 +217,7 @@ def test_eval_mode_with_gradients_enabled():
     assert_same_decisions(Decisions(*(t.detach() for t in out)), expected)
 
 
-def test_settings():
+def test_settings_of_an_exit():
     exit = FastExit(64, 3)
     assert exit.threshold.item() == INF and exit.threshold.dtype is torch.float32
     assert isinstance(exit.head, WhitenedMeans) and exit.head.feature_shape == (64,)

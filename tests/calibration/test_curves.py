@@ -117,14 +117,14 @@ def searched(record: Record, targets: int, seed: int = 0) -> Points:
 
 
 @given(records(rows=(1, 2, 3, 5, 17, 65)), st.sampled_from([1, 4, 7]), st.integers(0, 2**64 - 1))
-def test_the_search_is_its_twin(record, targets, seed):
+def test_the_search_finds_what_a_slow_search_finds(record, targets, seed):
     found = searched(record, targets, seed)
     assert len(found.flops) == targets + 1
     for number in range(targets + 1):
         assert found.thresholds[number].tolist() == twin(record, number, targets, seed)
 
 
-def test_the_search_is_its_twin_on_a_larger_record():
+def test_the_search_finds_what_a_slow_search_finds_on_a_larger_record():
     record = random_record(600, 5, odd=0.01)
     found = searched(record, 8, 3)
     for number in range(9):
@@ -192,7 +192,7 @@ def test_full_flops_are_the_base_network_where_it_is_best():
     assert found.at(1.0).thresholds.tolist() == [INF] * 4
 
 
-def test_nobody_ever_leaves():
+def test_a_record_where_no_sample_can_leave():
     record = random_record(20, 3)
     record.confidence[:, :-1] = NAN
     found = curve(record, targets=10)
@@ -201,7 +201,7 @@ def test_nobody_ever_leaves():
         found.at(0.99)
 
 
-def test_no_exits():
+def test_a_curve_without_exits_is_the_base_network():
     record = random_record(20, 0)
     found = curve(record, targets=10)
     assert found.flops.tolist() == [1.0]
@@ -210,7 +210,7 @@ def test_no_exits():
     assert found.on(record).flops.tolist() == [1.0]
 
 
-def test_no_samples():
+def test_a_curve_needs_samples():
     empty = random_record(0, 2)
     with pytest.raises(ValueError, match="`record` holds no samples"):
         curve(empty)
@@ -489,7 +489,7 @@ def test_points_are_their_own():
     assert number(found.at(0.4)) == 1
 
 
-def test_text():
+def test_a_curve_prints_as_a_table():
     found = curve(random_record(200, 3), targets=10)
     lines = str(found).splitlines()
     assert len(lines) == len(found.flops) + 2
@@ -595,7 +595,7 @@ def test_others_run_while_it_searches():
     assert beats > 5
 
 
-def test_speed():
+def test_the_search_takes_seconds_on_a_large_record():
     """Generous: on two idle cores all 1001 targets take two seconds."""
     record = random_record(50_000, 28)
     start = time.perf_counter()

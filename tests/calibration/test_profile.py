@@ -285,7 +285,7 @@ def test_what_happens_once_does_not_count():
     torch.testing.assert_close(rough.profile.stages, calm.profile.stages)
 
 
-def test_sizes_take_turns_and_few_images_are_repeated():
+def test_sizes_are_interleaved_and_few_images_are_repeated():
     found = timed(3, 4)
     sizes = [count for what, count in found.calls if what == "stage 1"]
     assert sizes == [1, 2, 4] * 4
@@ -350,7 +350,7 @@ def test_calibrate_for_a_time(which):
         ({"flops": 0.5, "method": "best"}, ValueError, "`method` is 'best'"),
     ],
 )
-def test_targets_that_make_no_sense(options, error, message):
+def test_wrong_targets_are_refused_before_anything_runs(options, error, message):
     """Said before anything is run."""
     ee = EarlyExit(net(), samples(1)).fit(loader(), progress=False)
     with pytest.raises(error, match=message):

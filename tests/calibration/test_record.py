@@ -89,7 +89,7 @@ def test_thresholds_that_make_no_sense(thresholds, message):
         small_record().replay(thresholds)
 
 
-def test_nobody():
+def test_a_record_without_samples():
     record = small_record().part([])
     assert len(record) == 0
     replay = record.replay([0.5, 0.5])
@@ -172,7 +172,7 @@ def test_no_gradient_is_kept():
         (range(2), [0, 1]),
     ],
 )
-def test_part(samples, rows):
+def test_a_part_of_a_record(samples, rows):
     record = small_record()
     part = record.part(samples)
     assert same_bits(part.confidence, record.confidence[rows])

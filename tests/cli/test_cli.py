@@ -144,7 +144,7 @@ def test_evaluate_agrees_with_the_package(folder):
     assert found["network_accuracy"] == right / 300
 
 
-def test_evaluate_for_people(folder):
+def test_evaluate_prints_a_table(folder):
     found = run("evaluate", folder / "net.e2cm", *what(folder))
     assert "400 samples" in found.stdout and "the network alone" in found.stdout and "█" in found.stdout
 
@@ -183,7 +183,7 @@ def test_fit_on_one_split_and_calibrate_on_another(folder, tmp_path):
     assert found["exits"][0]["head"] == "class_means" and found["point"] is None
 
 
-def test_curve(folder, tmp_path):
+def test_curve_gives_points_and_a_picture(folder, tmp_path):
     picture = tmp_path / "curve.svg"
     found = answer("curve", folder / "net.e2cm", *what(folder), "--method", "paper", "--picture", picture)
     assert found["samples"] == 200  # the other half found the thresholds
@@ -204,7 +204,7 @@ def test_profile_and_bench(folder, tmp_path):
         assert run(command, folder / "net.e2cm", *what(folder), "-b", 2).exit_code == 0
 
 
-def test_info(folder):
+def test_info_shows_the_build_and_a_file(folder):
     assert answer("info")["build"]["version"] == e2cm.__version__
     found = run("info", folder / "net.e2cm")
     assert "threshold" in found.stdout and "whitened_means" in found.stdout
@@ -371,7 +371,7 @@ def test_warnings_are_lines_too(folder, tmp_path):
 
 
 @pytest.mark.subprocess
-def test_as_a_program(folder):
+def test_results_go_to_stdout_and_errors_to_stderr(folder):
     good = start("evaluate", folder / "net.e2cm", *what(folder), "--json")
     bad = start("evaluate", folder / "nothing.e2cm")
     out, err = good.communicate(timeout=600)

@@ -81,7 +81,7 @@ def test_normalisation_per_channel():
     assert_close(Arrays(x, y, normalise=COLOUR)[2][0], by_numpy(x, COLOUR)[2])
 
 
-def test_the_bits_of_the_usual_steps():
+def test_the_same_bits_as_the_steps_of_torchvision():
     x, y = pictures(5, 6, 5, 3)
     (images, _), *_ = Batches(Arrays(x, y, normalise=COLOUR))
     usual = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
@@ -163,7 +163,7 @@ def test_the_order_is_the_same_every_time():
     assert numbers(Batches(numbered(50))) == list(range(50))
 
 
-def test_parts():
+def test_a_part_of_the_images_may_be_chosen():
     arrays = numbered(50)
     assert numbers(Batches(arrays, part=slice(5))) == [0, 1, 2, 3, 4]
     assert numbers(Batches(arrays, part=slice(40, None, 3))) == [40, 43, 46, 49]
@@ -316,7 +316,7 @@ def test_sizes_that_are_none(size):
 # ---- .npz --------------------------------------------------------------------------------------------------------
 
 
-def test_npz(colour_file):
+def test_images_of_an_npz_file(colour_file):
     for name, count, seed in (("train", 20, 0), ("test", 7, 1)):
         x, y = pictures(count, 6, 5, 3, seed=seed)
         loader = load(str(colour_file), split=name, normalise=COLOUR, batch_size=8)
@@ -482,7 +482,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.vision
-def test_folder(torchvision, folder):
+def test_images_of_a_folder(torchvision, folder):
     x = np.concatenate([pictures(3, 6, 5, 3, seed=10 * k + 3)[0] for k in range(3)])
     loader = load(folder, normalise=COLOUR, batch_size=4)
     assert (len(loader), len(loader.dataset), loader.classes) == (3, 9, ("ant", "bee", "cat"))

@@ -217,7 +217,7 @@ def test_a_class_without_samples_is_never_predicted(passes, make):
     assert_close(head.center, without.center)
 
 
-def test_features_that_say_nothing_let_nobody_go():
+def test_no_sample_leaves_when_features_do_not_tell_classes_apart():
     head = fit(ClassMeans(2, (3,)), (torch.zeros(4, 3), torch.tensor([0, 0, 1, 1])))
     assert head.scale.tolist() == [0, 0]
     assert head(torch.zeros(2, 3)).isnan().all()
@@ -235,7 +235,7 @@ def test_no_sample_at_all():
     assert not head.fitted
 
 
-def test_an_unfitted_head_lets_nobody_go():
+def test_no_sample_leaves_at_an_unfitted_head():
     x, _ = problem()
     for head in (ClassMeans(6, (3, 4, 5)), PooledMeans(6, (3, 4, 5))):
         assert not head.fitted
@@ -559,7 +559,7 @@ def test_to_another_device():
 
 
 @pytest.mark.parametrize("number", range(4), ids=HEAD_REGISTRY)
-def test_compiled(number):
+def test_a_compiled_head_gives_the_same_answers(number):
     torch.compiler.reset()
     head = some_heads()[number]
     x, _ = problem(seed=1)
@@ -664,7 +664,7 @@ RULES = [as_rule("confidence"), as_rule("entropy"), Margin()]
 @pytest.mark.parametrize("number", range(4), ids=HEAD_REGISTRY)
 @pytest.mark.parametrize("the_rule", RULES, ids=lambda r: r.name)
 @pytest.mark.parametrize("last", [False, True])
-def test_a_step_lets_go_who_is_sure(number, the_rule, last):
+def test_a_step_takes_out_the_samples_that_are_sure(number, the_rule, last):
     head = some_heads()[number]
     x, _ = problem(seed=2)
     x[[3, 50]] = NAN
@@ -745,7 +745,7 @@ def test_no_samples_are_an_answer_too():
 # ---- costs -------------------------------------------------------------------------------------------------------
 
 
-def test_flops():
+def test_flops_of_heads_by_hand():
     assert ClassMeans(10, (64, 8, 8)).flops() == 10 * (3 * 4096 - 1)
     assert PooledMeans(10, (64,)).flops() == 10 * (3 * 64 - 1)
     assert PooledMeans(10, (64, 8, 8)).flops() == 64 * 64 + 10 * (3 * 64 - 1)

@@ -369,7 +369,7 @@ def test_statistics_that_are_sums_of_others(shrinkage):
     assert head(fresh).isfinite().all()
 
 
-def test_an_unfitted_head_lets_nobody_go():
+def test_no_sample_leaves_at_an_unfitted_head():
     x, _ = problem(9)
     head = head_of(x)
     assert not head.fitted
@@ -580,7 +580,7 @@ def test_a_step_is_forward_and_the_rule(the_rule, last, statistics):
         assert_close(certainty.nan_to_num(), -entropy_of(log_probs).nan_to_num(), 1e-4)
 
 
-def test_an_answer_depends_on_nobody_else():
+def test_an_answer_does_not_depend_on_the_batch():
     x, labels = problem()
     head = fit(head_of(x), (x, labels))
     together = head(x)
@@ -588,7 +588,7 @@ def test_an_answer_depends_on_nobody_else():
     assert head(x[:0]).shape == (0, 4)
 
 
-def test_flops():
+def test_flops_by_hand():
     assert WhitenedMeans(10, SHAPE, statistics=STATISTICS).flops() == (1 + 2 + 1 + 2 * 3) * 210 + 2 * 10 * 66
     assert WhitenedMeans(10, (64,)).flops() == 64 + 2 * 10 * 64
 
@@ -645,7 +645,7 @@ def test_to_another_device():
     assert head.to_empty(device="cpu").weight.dtype is torch.float32
 
 
-def test_compiled():
+def test_a_compiled_head_gives_the_same_answers():
     torch.compiler.reset()
     x, labels = problem()
     head = fit(head_of(x), (x, labels))

@@ -236,7 +236,7 @@ def test_the_loss_of_training_is_the_weighted_one(joint):
     assert aep.train(ee, [(x, y)], epochs=1, joint=joint, lr=0.0, progress=False) == pytest.approx([expected])
 
 
-def test_digits(tmp_path):
+def test_training_on_digits_from_random_weights(tmp_path):
     """From random weights, network and exits together: 90% of new digits, at least .7 more than before."""
     fit, held_out, test = digits()
     torch.manual_seed(0)
@@ -260,7 +260,7 @@ def test_digits(tmp_path):
 # ---- what can be wrong -----------------------------------------------------------------------------------------------
 
 
-def test_errors():
+def test_wrong_settings_are_refused():
     ee = random_exits()
     record = record_of(ee, [1, 1, 2, 1, 1])
     with pytest.raises(ValueError, match="`weighting` is 'steep'; wanted one of 'uniform', 'rising'"):

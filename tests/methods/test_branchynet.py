@@ -97,7 +97,7 @@ def test_a_sample_leaves_where_the_entropy_is_low(learned):
     ee.thresholds = math.inf
 
 
-def test_all_ways(learned, tmp_path):
+def test_all_ways_to_run_the_network_agree(learned, tmp_path):
     ee, _ = learned
     check_all_ways(ee, digits()[1], tmp_path / "ee", flops=0.9)
     ee.thresholds = math.inf

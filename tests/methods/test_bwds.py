@@ -57,7 +57,7 @@ def test_what_is_behind_has_been_decided_already():
     assert [each.tolist() for each in left] == [[False, False, True], [True, False, True]]
 
 
-def test_who_has_stayed_at_a_lower_price_stays():
+def test_a_sample_that_stays_at_a_lower_price_stays_at_a_higher_one():
     """Whatever the decision says now: the second sample goes on at exit 1, to the end."""
     seen = []
 
@@ -173,7 +173,7 @@ def untrained(inputs: str = "scores") -> EarlyExit:
     return training.finish(bwds.build(model, digits()[0][0][0][:1], exits="blocks", prices=PRICES, inputs=inputs))
 
 
-def test_digits(tmp_path):
+def test_training_on_digits_raises_accuracy_and_leaves_the_network(tmp_path):
     """At half of the FLOPs more than 85% of new digits, at least .2 more than before; and no bit of the network has
     changed."""
     fit, held_out, test = digits()
@@ -265,7 +265,7 @@ def test_the_curve_is_that_of_the_prices_and_no_other():
     assert min(f for f, _ in possible) == pytest.approx(float(curve.flops[0]))
 
 
-def test_errors():
+def test_wrong_settings_are_refused():
     for prices in ((), (0.0, 1.0), (2.0, 1.0), (1.0, 1.0), (1.0, INF)):
         with pytest.raises(ValueError, match="wanted rising numbers above 0"):
             bwds.Decider(3, (4,), prices=prices)

@@ -222,7 +222,7 @@ def test_training_uses_these_losses():
     assert ee.thresholds.tolist() == [0.5, 0.5]
 
 
-def test_digits(tmp_path):
+def test_training_on_digits_from_random_weights(tmp_path):
     """From random weights, network and exits together, in two stages: 90% of new digits, at least .7 more than before,
     for less than .8 of the FLOPs."""
     fit, _, test = digits()
@@ -283,7 +283,7 @@ def test_two_processes_may_leave_the_gates_for_later(tmp_path):
     assert not torch.equal(end["0.confidence.weight"], start["0.confidence.weight"])
 
 
-def test_errors():
+def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="`placement` is 'golder'; wanted one of 'linear', 'pareto', 'fine', 'golden'"):
         eenets.build(net(), images(1), placement="golder")
     with pytest.raises(ValueError, match="`exits` is 0; wanted at least 1"):

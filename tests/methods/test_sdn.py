@@ -257,7 +257,7 @@ def test_some_leave_and_the_others_remember_their_own_answers(learned):
     ee.thresholds = math.inf
 
 
-def test_all_ways(learned, tmp_path):
+def test_all_ways_to_run_the_network_agree(learned, tmp_path):
     ee, _ = learned
     check_all_ways(ee, digits()[1], tmp_path / "ee")
     point = ee.calibrate(sdn.curve(ee.record(digits()[1], progress=False)), flops=0.5)

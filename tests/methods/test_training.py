@@ -168,7 +168,7 @@ class Failing(Shuffled):
 
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("after", [3, 9, 14])
-def test_a_run_goes_on_with_the_bits_it_would_have_had(tmp_path, after, joint):
+def test_training_is_resumed_bit_for_bit(tmp_path, after, joint):
     whole, broken = network(), network()
     modules = [training.Joint(ee) if joint else None for ee in (whole, broken)]
     losses = train(whole, Shuffled(), module=modules[0])
@@ -183,7 +183,7 @@ def test_a_run_goes_on_with_the_bits_it_would_have_had(tmp_path, after, joint):
 
 
 @pytest.mark.subprocess
-def test_a_killed_process_goes_on_with_the_bits_it_would_have_had(tmp_path):
+def test_training_of_a_killed_process_is_resumed_bit_for_bit(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
         textwrap.dedent(

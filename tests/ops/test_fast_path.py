@@ -431,7 +431,7 @@ def test_every_argument_in_forms_that_fall_back(op, change, flat):
     "threshold",
     [1, True, np.float64(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5), NAN, None, "0.5", 1j, [0.5]],
 )
-def test_thresholds(op, threshold):
+def test_thresholds_that_need_checks_fall_back(op, threshold):
     assert_either_way(op, good() | {"threshold": threshold}, fast=False)
 
 
@@ -523,7 +523,7 @@ def test_a_lazy_negative_that_looks_dense():
 
 
 @given(problems(), st.data())
-def test_any_problem(problem, data):
+def test_both_paths_agree_on_any_problem(problem, data):
     x, means, scale = problem
     center = data.draw(st.sampled_from([None, means.float().mean(0)]))
     if center is not None:
@@ -541,7 +541,7 @@ def test_any_problem(problem, data):
 
 
 @given(st.data())
-def test_any_mixture(data):
+def test_both_paths_agree_on_any_mixture_of_arguments(data):
     """Values that are right for one argument and wrong for the next, in every place."""
     flat = data.draw(st.booleans())
     pool = [*good(flat).values(), None, 3, "x", torch.zeros(0), torch.zeros(0, 0), torch.zeros(2, 2, device="meta")]

@@ -58,7 +58,7 @@ def test_opcheck_of_distances_and_scores(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck_of_statistics_and_what_looks_at_them(layout):
+def test_opcheck_of_statistics_and_heads_on_them(layout):
     x, _, scale = problem(layout=layout)
     numbers = list(LOOK.numbers)
     torch.library.opcheck(operator("statistics"), (x, numbers))
@@ -213,7 +213,7 @@ def test_a_whole_graph_equals_eager(function, dynamic):
 
 
 @pytest.mark.parametrize("function", [an_exit, two_exits, a_learned_exit], ids=lambda f: f.__name__)
-def test_everybody_may_leave_inside_a_graph(function):
+def test_all_samples_may_leave_inside_a_graph(function):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_same_results(compiled, function, ROWS, torch.tensor(-INF))
 

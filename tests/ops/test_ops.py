@@ -339,7 +339,7 @@ def test_a_mean_of_nans_does_not_matter_if_its_class_has_no_scale():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_without_any_mean_nobody_leaves(rule):
+def test_without_any_mean_no_sample_leaves(rule):
     x, means, _ = clusters(5, 9, 4)
     got = ops.class_scores(x, means, torch.zeros(4))
     assert got.confidence.isnan().all()

@@ -314,7 +314,7 @@ def test_a_head_of_inference_mode_is_not_packed_since_its_changes_cannot_be_seen
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [ClassMeans, WhitenedMeans])
-def test_a_compiled_head_says_the_same(make):
+def test_a_compiled_head_gives_the_same_answers(make):
     head, x = fitted(make, 1)
     head(x)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")

@@ -170,7 +170,7 @@ def test_log_softmax_against_scipy():
         (torch.float16, torch.float32),
     ],
 )
-def test_the_dtype_of_the_work(dtype, works_in):
+def test_the_dtype_that_the_reference_computes_in(dtype, works_in):
     x, means, _ = clusters(5, 8, 3)
     assert reference.class_distances(x.to(dtype), means.to(dtype)).dtype is works_in
     assert reference.log_softmax(x.to(dtype)).dtype is works_in

@@ -40,7 +40,7 @@ ERROR = 5e-6
 # ---- worked out by hand --------------------------------------------------------------------------
 
 
-def test_by_hand():
+def test_statistics_of_a_map_by_hand():
     """A map of 3 x 5 in cells of 1 and 2 rows, 2 and 3 columns; a second channel that is its negative."""
     plane = torch.tensor([[3.0, 4.0, 0.0, 0.0, 9.0], [1.0, 1.0, 1.0, 2.0, 3.0], [1.0, 5.0, 6.0, 0.0, 0.0]])
     x = torch.stack([plane, -plane])[None]

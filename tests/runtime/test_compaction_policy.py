@@ -13,7 +13,7 @@ from e2cm_ext import EarlyExit, Profile
 from e2cm_ext.runtime.compaction_policy import CompactionPolicy
 
 
-def test_by_hand():
+def test_costs_of_carrying_and_when_to_compact_by_hand():
     """Two samples take 3, 5 and 9 up to the stages, one takes 2, 3 and 6; moving one takes 1 at exit 0, 5 at exit 1."""
     costs = CompactionPolicy(((0, 2, 3), (0, 3, 5), (0, 6, 9)), ((0, 1, 2), (0, 5, 6)))
     assert costs.carry_cost(0, 1, 2, 1) == (5 - 3) - (3 - 2)

@@ -498,7 +498,7 @@ def test_fractions_of_the_flops(resnet, wanted):
         (("layer2.0",), ["layer2.0"]),
     ],
 )
-def test_names(resnet, wanted, names):
+def test_exits_chosen_by_names_and_patterns(resnet, wanted, names):
     stages = cut(resnet, X, wanted)
     assert stages.names == tuple(names)
     assert_same(resnet, stages)
@@ -562,7 +562,7 @@ def test_a_shortcut_that_hands_its_input_on():
         cut(model, X, ["2.shortcut"])
 
 
-def test_suggestions(resnet):
+def test_an_unknown_name_is_answered_with_names_like_it(resnet):
     with pytest.raises(ValueError, match=r"there are .*layer1\.1"):
         cut(resnet, X, ["layer1_1"])
 
@@ -658,7 +658,7 @@ class InPlace(nn.Module):
         return self.linear(y)
 
 
-def test_results_that_nobody_looks_at():
+def test_results_that_are_not_used():
     model = made(InPlace())
     stages = cut(model, X, ["conv"])
     assert_same(model, stages)
@@ -953,7 +953,7 @@ def test_errors_show_the_code(resnet):
 # ---- stages by hand, and a choice among stages ----------------------------------------------------
 
 
-def test_by_hand():
+def test_stages_made_from_modules():
     layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)]
     stages = Stages(layers)
     assert stages.names == ("stage0", "stage1")
@@ -975,7 +975,7 @@ def test_by_hand():
         ([nn.ReLU()] * 3, ["a", "a"], ValueError, "`names` holds 'a' more than once"),
     ],
 )
-def test_by_hand_wrong(parts, names, error, message):
+def test_stages_made_from_wrong_modules(parts, names, error, message):
     with pytest.raises(error, match=re.escape(message)):
         Stages(parts, names)
 
