@@ -81,7 +81,7 @@ def test_normalisation_per_channel():
     assert_close(Arrays(x, y, normalise=COLOUR)[2][0], by_numpy(x, COLOUR)[2])
 
 
-def test_the_same_bits_as_the_steps_of_torchvision():
+def test_images_have_the_bits_of_division_and_normalisation():
     x, y = pictures(5, 6, 5, 3)
     (images, _), *_ = Batches(Arrays(x, y, normalise=COLOUR))
     usual = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
