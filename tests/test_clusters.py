@@ -147,7 +147,7 @@ def test_own_answers_take_the_place_of_labels():
 
 
 def test_clusters_of_a_network_are_found_again_at_its_exits():
-    """Digits, by a network that knows them: logits fall into ten clusters, which nobody has named."""
+    """Digits, by a network that knows them: logits fall into ten clusters without names."""
     train, held_out, test = digits()
     truth = torch.cat([y for _, y in test])
     ee = e2cm.EarlyExit(trained(), train[0][0][:1])

@@ -72,7 +72,7 @@ def _wrapped(head, **options) -> EarlyExit:
 
 
 def at_quantile(ee: EarlyExit, q: float, batches=None) -> EarlyExit:
-    """A share 1 - q of those who come would leave at every exit."""
+    """A share 1 - q of the samples that reach an exit would leave there."""
     confidence = ee.record(batches or loader(), progress=False).confidence
     ee.thresholds = confidence[:, :-1].nanquantile(q, dim=0)
     return ee

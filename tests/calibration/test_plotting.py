@@ -92,7 +92,7 @@ def heights(ax: Axes) -> list[list[float]]:
 
 
 def test_a_record_by_hand():
-    """Stages cost 10, 20, 70, heads 1 and 4; see test_replay_by_hand for who leaves where."""
+    """Stages cost 10, 20, 70, heads 1 and 4; see test_replay_by_hand for where each sample leaves."""
     record = dataclasses.replace(small_record(), confidence=small_record().confidence.nan_to_num(1.0))
     drawn_in = panels(record.plot([0.5, 0.5]))
     exits, base_point, base = drawn(drawn_in["accuracy"])

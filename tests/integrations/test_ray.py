@@ -30,7 +30,7 @@ def package(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def local_ray(tmp_path_factory):
     # Workers start where the driver is: not in a checkout, which they would import.
     here = os.getcwd()
@@ -63,7 +63,7 @@ def rows_of(answers):
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def test_every_image_is_answered_once_though_a_worker_is_killed(package, tmp_path):
+def test_every_image_is_answered_once_though_a_worker_is_killed(package, local_ray, tmp_path):
     images = noisy(samples(IMAGES, seed=3)).numpy()
     expected = network().predict(torch.from_numpy(images))
     found = ray.data.from_items(

@@ -85,9 +85,9 @@ def worth(policy, cells, losses, costs, price):
 @settings(max_examples=10)
 @given(NUMBERS)
 def test_the_best_of_all_policies_is_found_at_every_price(seed):
-    """What an exit sees is the cell that a sample lies in, and later cells are parts of earlier ones: then nobody who
-    decides backward could do better by looking ahead. There are 2^(2+4) policies of two exits. That whoever stays at a
-    price stays at higher ones costs nothing, either."""
+    """An exit sees the cell that a sample lies in, and later cells are parts of earlier ones: then no policy is better
+    than the one that is decided backward. There are 2^(2+4) policies of two exits. That a sample which stays at a price
+    stays at higher ones costs nothing, either."""
     g = generator(seed)
     fine = torch.randint(4, (40,), generator=g)
     cells = [(fine // 2).tolist(), fine.tolist()]
@@ -202,7 +202,7 @@ def test_training_on_digits_raises_accuracy_and_leaves_the_network(tmp_path):
 
 @pytest.mark.parametrize("inputs", ["scores", "features"])
 def test_decisions_are_better_than_any_that_are_the_same_for_all(inputs):
-    """On the samples that they were learned on: than the best single exit for everybody; at any one price they may lose
+    """On the samples that they were learned on: than the best single exit for all samples; at any one price they may lose
     a hundredth to it, since a logistic loss is not what is counted."""
     ee, (x, y) = untrained(inputs), all_of(digits()[0])
     training.run(

@@ -115,7 +115,7 @@ class Line(nn.Module):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_transfer_score_is_minus_the_margin(classes):
-    """Clusters on a line: who is near another class is difficult, who is beyond it is more so."""
+    """Clusters on a line: a sample near another class is difficult, one beyond it is more so."""
     pytest.importorskip("sklearn")
     g = generator(0)
     labels = torch.arange(240) % classes

@@ -1,4 +1,4 @@
-"""DEC with early exits: formulas, what learns and what does not, when it ends, and digits that nobody has labelled."""
+"""DEC with early exits: formulas, what learns and what does not, when it ends, and digits without labels."""
 
 import functools
 import math

@@ -168,7 +168,7 @@ def test_what_a_network_brings_takes_the_fast_path(op, layout, shape, dtype):
 
 @pytest.mark.parametrize("op", OPS)
 def test_some_leave_and_some_stay_above(op):
-    """The cases above would prove little if everybody left in each of them."""
+    """The cases above would prove little if all samples left in each of them."""
     x, means, scale = clusters(33, (8, 3, 3), 5)
     x, means = laid_out(x, "channels_last"), laid_out(means, "channels_last")
     (survivors, _), (ids, _), _ = assert_either_way(op, arguments_for(x, means, scale, 5), fast=True)

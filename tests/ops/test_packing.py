@@ -325,7 +325,7 @@ def test_a_compiled_head_gives_the_same_answers(make):
 @pytest.mark.parametrize("classes", [5, 30])
 @pytest.mark.parametrize("make", [ClassMeans, WhitenedMeans])
 def test_a_head_in_torch_jit_trace(make, classes):
-    """It sees operators alone: a call of the compiled module would leave it with memory that nobody writes."""
+    """It sees operators alone: a call of the compiled module would leave it with memory that is never written."""
     head, x = fitted(make, 1, classes)
     traced = torch.jit.trace(head, x[:5])
     same([traced(x[5:9])], [head(x[5:9])])

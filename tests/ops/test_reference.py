@@ -1,4 +1,4 @@
-"""The oracle of the other tests: against numbers worked out by hand, and against other people's code."""
+"""The reference of the other tests: against numbers worked out by hand, and against scipy."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Every error of checks.py names the argument, what came and what is wanted; and nothing crashes the process."""
+"""Errors of wrong arguments name the argument, what came and what is wanted; and nothing crashes the process."""
 
 import json
 import re

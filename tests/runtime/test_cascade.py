@@ -1,4 +1,4 @@
-"""The runtime: who leaves where, that nothing is computed in vain, and a slow twin that must say the same."""
+"""The cascade: which samples leave where, that nothing is computed in vain, and a slow loop with the same answers."""
 
 import copy
 import dataclasses
@@ -173,7 +173,7 @@ def test_networks_in_16_bits(dtype, threshold):
 
 @pytest.mark.parametrize("threshold", [INF, 0.5, -INF])
 def test_autocast(threshold):
-    """The dtype is that of the network's own log_softmax, also where nobody reaches it and features are float32."""
+    """The dtype is that of the network's own log_softmax, also where no sample reaches it and features are float32."""
     torch.manual_seed(0)
     stages = Stages([nn.Identity(), nn.Linear(4, 3)]).eval()
     x = rows(0.9, 0.1)
@@ -372,7 +372,7 @@ class Moving(ClassMeans):
     st.booleans(),
 )
 def test_exited_rows_that_stay_in_the_batch_change_nothing(seed, thresholds, scale, rule, count, mixed):
-    """Whatever moving costs, and also where a NaN turns up in one who has left."""
+    """Whatever moving costs, and also where a NaN turns up in an exited row."""
     x = SAMPLES[:count].clone()
     x[1::5, 0, 0, 0] = NAN
     if rule is ENTROPY:
@@ -391,7 +391,7 @@ def test_exited_rows_that_stay_in_the_batch_change_nothing(seed, thresholds, sca
 
 def test_exited_rows_are_dropped_when_that_pays_by_hand():
     """Moving costs 3.5, a sample 1 per stage: one leaver is carried past exits 1 and 2 and dropped at exit 3, for what
-    was paid; he would leave again, with another answer, and is not heard."""
+    was paid; its later output, which would leave again with another answer, is discarded."""
     stages, heads = scripted(0.0, 0.0, 0.0, 0.0, 0.0)
     heads = [Carries(head.answer) for head in heads]
     costs = CompactionPolicy(tuple((0.0, float(j)) for j in range(1, 7)), ((3.5,) * 4,) * 5)

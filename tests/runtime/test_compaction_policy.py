@@ -1,4 +1,4 @@
-"""Moving survivors or carrying on with who has left: by hand, what it costs at worst, and from a profile."""
+"""Compacting a batch or keeping exited rows in it: by hand, what it costs at worst, and from a profile."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def test_guesses_are_linear_in_the_samples():
 
 @given(st.integers(0, 10**6), st.integers(1, 30), st.floats(0.1, 30))
 def test_carrying_costs_no_more_than_moving(seed, exits, price):
-    """Before every move, and after the last one, less than its price was paid; and nobody pays to carry nobody."""
+    """Before every move, and after the last one, less than its price was paid; without exited rows, nothing is."""
     stages = torch.rand(exits + 1, generator=generator(seed)).add(0.1).tolist()
     passed = tuple((0.0, sum(stages[: j + 1])) for j in range(exits + 1))
     costs = CompactionPolicy(passed, ((price,) * 11,) * exits)

@@ -1,4 +1,4 @@
-"""Streams: what `predict` says of every batch, from survivors that have waited for each other."""
+"""Streams: the answers of `predict` for every batch, though samples of several batches run together."""
 
 import threading
 import weakref

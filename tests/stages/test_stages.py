@@ -631,7 +631,7 @@ def test_tensors_of_its_own():
 
 
 def test_features_in_place():
-    """A stage may overwrite what it is given, as the model does; the answer is the same, and who waits sees it."""
+    """A stage may overwrite its input, as the model does: the answer is the same, the input is not."""
     model = made(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 30 * 30, 3)))
     stages = cut(model, X, ["0"])
     features = stages[0](X)
@@ -643,7 +643,7 @@ def test_features_in_place():
 
 
 class InPlace(nn.Module):
-    """Statements whose result nobody looks at, on a tensor that crosses the cut."""
+    """Statements whose result is not used, on a tensor that crosses the cut."""
 
     def __init__(self):
         super().__init__()
