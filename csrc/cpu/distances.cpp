@@ -180,8 +180,8 @@ Ahead PairSums::classes_ahead(int64_t at, int64_t k, int64_t end) const {
   return {element(classes_, k, at), std::min(isa_.panel, end - k), classes_.stride * size, kBlock * size};
 }
 
-Distances::Distances(const Rows& x, const ClassMeans& head, int threads)
-    : PairSums(Of::distances, x, head.means, head.center, head.packed, threads), scale_(head.scale) {}
+Distances::Distances(const Rows& x, const HeadParams& head, int threads)
+    : PairSums(Of::distances, x, head.vectors, head.center, head.packed, threads), scale_(head.per_class) {}
 
 // For the few pairs that distance_lanes doubts: the direct sum of squares; in double, where float32 cannot hold them.
 float Distances::the_long_way(int64_t row, int64_t mean) const {
@@ -245,8 +245,8 @@ void Distances::lanes_of_many(int64_t first, float* out) const {
   }
 }
 
-Logits::Logits(const Rows& x, const Linear& head, int threads)
-    : PairSums(Of::products, x, head.weight, nullptr, head.packed, threads), bias_(head.bias) {}
+Logits::Logits(const Rows& x, const HeadParams& head, int threads)
+    : PairSums(Of::products, x, head.vectors, nullptr, head.packed, threads), bias_(head.per_class) {}
 
 void Logits::lanes(int64_t first, float* out) const {
   for (int64_t k = 0; k < classes_.rows; ++k) {

@@ -52,7 +52,7 @@ class PairSums {
 
 class Distances : public PairSums {
  public:
-  Distances(const Rows& x, const ClassMeans& head, int threads);
+  Distances(const Rows& x, const HeadParams& head, int threads);
 
   // out[k * kLanes + lane] = distance of row first + lane to mean k, over scale[k] if there are scales. `first` is a
   // multiple of kLanes; lanes behind the last row hold nothing of meaning.
@@ -67,7 +67,7 @@ class Distances : public PairSums {
 
 class Logits : public PairSums {
  public:
-  Logits(const Rows& x, const Linear& head, int threads);
+  Logits(const Rows& x, const HeadParams& head, int threads);
 
   // out[k * kLanes + lane] = minus the logit of row first + lane for class k. `first` as above.
   void lanes(int64_t first, float* out) const;
