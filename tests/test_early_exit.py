@@ -104,6 +104,7 @@ def test_without_thresholds_it_is_the_network_bit_for_bit(layout, where, fitted)
     assert same_bits(ee(x), model(x).log_softmax(1).detach())
 
 
+@pytest.mark.slow
 @pytest.mark.vision
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -472,6 +473,7 @@ def test_threads_get_the_bits_of_one():
     assert all(same_bits(value, state[name]) for name, value in ee.state_dict().items())
 
 
+@pytest.mark.slow
 def test_under_torch_compile():
     ee = at_quantile(wrapped(), 0.6)
     x = samples(20)

@@ -34,6 +34,7 @@ def run(folder, *more):
     return json.loads((folder / "out.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_runs_and_continues_where_it_was_stopped(monkeypatch, tmp_path, capsys):
     chosen = ("--methods", "e2cm", "sdn", "joined", "--budgets", "one", "six", "--long", "2")
 

@@ -124,6 +124,7 @@ def test_the_search_finds_what_a_slow_search_finds(record, targets, seed):
         assert found.thresholds[number].tolist() == twin(record, number, targets, seed)
 
 
+@pytest.mark.slow
 def test_the_search_finds_what_a_slow_search_finds_on_a_larger_record():
     record = random_record(600, 5, odd=0.01)
     found = searched(record, 8, 3)

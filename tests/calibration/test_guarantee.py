@@ -192,6 +192,7 @@ def test_taking_the_best_of_those_that_pass_errs_more_often():
 # ---- records ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["accuracy", "agreement"])
 def test_what_is_promised_is_kept(of):
     """On the population that the records are drawn from, but for a share of delta."""

@@ -130,6 +130,7 @@ def test_certainties_of_right_and_wrong():
     assert [bar.get_height() for bar in (*right, *wrong)] == pytest.approx([0.25] * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exits", "classes"), [(1, 10), (12, 11), (28, 10), (100, 11)])
 def test_any_number_of_exits_can_be_drawn(exits, classes):
     record = probable(random_record(200, exits, odd=0.05, classes=classes))
@@ -169,6 +170,7 @@ def test_figures_of_records_are_not_pyplot_s(ax):
     assert (pyplot.get_fignums(), pyplot.gcf()) == (before, current)
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_matplotlib_is_loaded_only_to_draw():
     code = "import sys, e2cm_ext; assert not any(name.startswith('matplotlib') for name in sys.modules)"

@@ -370,6 +370,7 @@ def test_warnings_are_lines_too(folder, tmp_path):
 # ---- as it is run ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_results_go_to_stdout_and_errors_to_stderr(folder):
     good = start("evaluate", folder / "net.e2cm", *what(folder), "--json")
@@ -396,6 +397,7 @@ SLOW = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_interrupted_nothing_is_written(folder, tmp_path):
     (folder / "slow.py").write_text(textwrap.dedent(SLOW))
@@ -420,6 +422,7 @@ def test_it_is_a_module_to_run_too():
     assert ran.stdout.startswith("Usage: e2cm "), ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_a_full_disk_is_one_line(folder):
     if not Path("/dev/full").exists():

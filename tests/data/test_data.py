@@ -640,6 +640,7 @@ def test_transform_of_real_models(torchvision):
     assert images.shape == (2, *model.pretrained_cfg["input_size"])
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_without_torchvision_the_way_out_is_named(tmp_path):
     """In a process of its own, where importing torchvision fails; arrays work there."""

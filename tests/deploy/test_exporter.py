@@ -252,6 +252,7 @@ def test_export_leaves_the_network_as_it_is(packed):
     assert not any(module.training for module in ee.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 @needs_onnx
 def test_the_runner_needs_no_torch(packed, tmp_path):
@@ -272,6 +273,7 @@ def test_the_runner_needs_no_torch(packed, tmp_path):
     agree([found[name] for name in runner.Answers._fields], made.ee.predict(torch.from_numpy(images)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_compiled_programs_answer_as_the_network_does(tmp_path):
     first = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, stride=2), torch.nn.ReLU())

@@ -406,6 +406,7 @@ def test_what_cannot_be_merged():
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.subprocess
 def test_two_processes_learn_what_one_does(tmp_path):

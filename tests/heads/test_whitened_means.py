@@ -505,6 +505,7 @@ def test_what_cannot_be_merged():
             head.merge(other)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.subprocess
 def test_two_processes_learn_what_one_does(tmp_path):

@@ -64,6 +64,7 @@ def refused(port, image):
     return cases
 
 
+@pytest.mark.slow
 def test_under_load_what_is_valid_is_answered_and_the_rest_refused(server):
     ee, port = server
     images = noisy(samples(REQUESTS, seed=3)).numpy()

@@ -63,6 +63,7 @@ def rows_of(answers):
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
+@pytest.mark.slow
 def test_every_image_is_answered_once_though_a_worker_is_killed(package, local_ray, tmp_path):
     images = noisy(samples(IMAGES, seed=3)).numpy()
     expected = network().predict(torch.from_numpy(images))

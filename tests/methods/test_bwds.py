@@ -82,6 +82,7 @@ def worth(policy, cells, losses, costs, price):
     return total / len(losses)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(NUMBERS)
 def test_the_best_of_all_policies_is_found_at_every_price(seed):
@@ -173,6 +174,7 @@ def untrained(inputs: str = "scores") -> EarlyExit:
     return training.finish(bwds.build(model, digits()[0][0][0][:1], exits="blocks", prices=PRICES, inputs=inputs))
 
 
+@pytest.mark.slow
 def test_training_on_digits_raises_accuracy_and_leaves_the_network(tmp_path):
     """At half of the FLOPs more than 85% of new digits, at least .2 more than before; and no bit of the network has
     changed."""
@@ -200,10 +202,11 @@ def test_training_on_digits_raises_accuracy_and_leaves_the_network(tmp_path):
     check_all_ways(ee, test, tmp_path / "bwds.e2cm", flops=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", ["scores", "features"])
 def test_decisions_are_better_than_any_that_are_the_same_for_all(inputs):
-    """On the samples that they were learned on: than the best single exit for all samples; at any one price they may lose
-    a hundredth to it, since a logistic loss is not what is counted."""
+    """On the samples that they were learned on: than the best single exit for all samples; at any one price they may
+    lose a hundredth to it, since a logistic loss is not what is counted."""
     ee, (x, y) = untrained(inputs), all_of(digits()[0])
     training.run(
         training.ExitHeads(ee),

@@ -288,6 +288,7 @@ def accuracy(ee, unseen):
     return scores(ee.predict(x).prediction, y).accuracy
 
 
+@pytest.mark.slow
 def test_digits_fall_into_their_classes(of_digits):
     """How well they do depends on where pretraining ends, and that on how a machine rounds: the best of three runs."""
     ee, _, unseen = of_digits

@@ -222,6 +222,7 @@ def test_training_uses_these_losses():
     assert ee.thresholds.tolist() == [0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_training_on_digits_from_random_weights(tmp_path):
     """From random weights, network and exits together, in two stages: 90% of new digits, at least .7 more than before,
     for less than .8 of the FLOPs."""
@@ -251,6 +252,7 @@ def test_exits_of_a_finished_network():
     assert float(ee.record(test, progress=False).accuracy[0]) > untrained + 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.subprocess
 def test_two_processes_may_leave_the_gates_for_later(tmp_path):

@@ -166,6 +166,7 @@ class Failing(Shuffled):
             yield batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("after", [3, 9, 14])
 def test_training_is_resumed_bit_for_bit(tmp_path, after, joint):
@@ -182,6 +183,7 @@ def test_training_is_resumed_bit_for_bit(tmp_path, after, joint):
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_training_of_a_killed_process_is_resumed_bit_for_bit(tmp_path):
     script = tmp_path / "job.py"
@@ -324,6 +326,7 @@ def test_epochs_are_announced():
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.subprocess
 def test_two_processes_train_as_one(tmp_path):

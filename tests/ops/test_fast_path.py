@@ -661,6 +661,7 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @needs_it
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 @pytest.mark.parametrize("op", OPS)
@@ -724,6 +725,7 @@ def test_eight_threads(op):
 # ---- without it ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_a_torch_without_the_exchange_api():
     code = """
@@ -742,6 +744,7 @@ assert ops.decide(x, x[:, :3], 2.0, ids, out)[0] is x
     run_python("-W", "ignore", "-c", code)
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 @needs_it
 def test_tables_of_other_versions():

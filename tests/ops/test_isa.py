@@ -56,6 +56,7 @@ def test_the_level_in_use():
     assert len(set(LEVELS)) == len(LEVELS)
 
 
+@pytest.mark.slow
 def test_the_best_level_is_taken_if_none_is_asked_for():
     result = python("", "-c", "import e2cm_ext; print(e2cm_ext.build_info()['isa'])")
     assert result.stdout.strip() == LEVELS[0]
@@ -71,6 +72,7 @@ def test_all_ops_at_every_level(isa):
     assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 400
 
 
+@pytest.mark.slow
 def test_the_levels_agree_to_rounding(tmp_path):
     answers = {}
     for isa in LEVELS:
@@ -82,6 +84,7 @@ def test_the_levels_agree_to_rounding(tmp_path):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["sse9", "scalar,avx2"])
 def test_a_level_that_is_not_there(wrong):
     result = python(wrong, "-c", "import e2cm_ext", check=False)

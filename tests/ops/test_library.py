@@ -57,6 +57,7 @@ def test_opcheck_of_distances_and_scores(layout):
         torch.library.opcheck(operator("class_scores"), (x, means, scale, center, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_of_statistics_and_heads_on_them(layout):
     x, _, scale = problem(layout=layout)
@@ -195,6 +196,7 @@ def assert_same_results(compiled, function, rows, threshold, layout="contiguous"
     return len(expected[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_a_whole_graph_equals_eager(function, dynamic):
@@ -223,6 +225,7 @@ def test_every_survivor_may_be_removed_by_compact():
     assert assert_same_results(compiled, a_compaction, ROWS, torch.tensor(-INF)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_threshold_may_be_a_float(dynamic):
     compiled = torch.compile(a_learned_exit, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -246,6 +249,7 @@ def test_sizes_become_dynamic_after_the_second():
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_inductor():
     compiled = torch.compile(two_exits, fullgraph=True)
     for threshold, layout in ((0.75, "channels_last"), (0.65, "channels_last"), (INF, "channels_last")):

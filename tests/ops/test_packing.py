@@ -321,6 +321,7 @@ def test_a_compiled_head_gives_the_same_answers(make):
     torch.testing.assert_close(compiled(x), head(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("classes", [5, 30])
 @pytest.mark.parametrize("make", [ClassMeans, WhitenedMeans])

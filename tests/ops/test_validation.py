@@ -244,6 +244,7 @@ def after_states():
     return json.loads(out.rpartition("results:")[2])
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 @pytest.mark.parametrize("state", STATES)
 def test_no_state_of_torch_crashes_the_process(state, after_states):

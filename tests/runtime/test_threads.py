@@ -153,6 +153,7 @@ def test_threads_on_one_network(threads_inside, compiled):
                 assert_same_decisions(decisions, expected[i])
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 @pytest.mark.parametrize("start", ["fork", "spawn"])

@@ -76,6 +76,7 @@ def test_stages_that_share_their_code_are_not_compiled_over_and_over():
     assert counting.graphs == 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"fold": True}, {"fold": True, "channels_last": True}])
 def test_everything_that_runs_the_network_runs_what_was_compiled(options):
     ee, plain, counting = wrapped(), wrapped(), Counting()
@@ -126,6 +127,7 @@ def test_train_mode_is_refused():
         ee.compile()
 
 
+@pytest.mark.slow
 def test_with_the_compiler_itself():
     """Of two stages, since it is slow: the rest is the same for any backend."""
     ee, plain = wrapped().at_exits([1]), wrapped().at_exits([1])

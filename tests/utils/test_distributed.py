@@ -34,6 +34,7 @@ def close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.subprocess
 def test_torchrun_with_two_processes_gives_what_one_does(tmp_path):
@@ -140,6 +141,7 @@ def wait_for(process, text):
     raise AssertionError(f"never said {text!r}")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.subprocess
 def test_what_fails_in_one_process_fails_in_all(two_processes):
@@ -153,6 +155,7 @@ def test_what_fails_in_one_process_fails_in_all(two_processes):
     assert "evaluate: RuntimeError evaluate: process 1 of 2 has failed" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.subprocess
 def test_a_killed_process_is_an_error_in_the_others(two_processes):
@@ -165,6 +168,7 @@ def test_a_killed_process_is_an_error_in_the_others(two_processes):
     assert "fit: RuntimeError process 0 of 2 cannot reach the others: one of them has ended" in said
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.subprocess
 def test_a_process_that_does_not_come_is_an_error_in_the_others(two_processes):
