@@ -68,7 +68,7 @@ def test_all_ops_at_every_level(isa):
     if isa == e2cm_ext.build_info()["isa"] and not os.environ.get("E2CM_ISA"):
         pytest.skip("the level of this very run")
     what = [HERE / name for name in ("test_isa.py::test_the_level_in_use", "test_ops.py", "test_statistics.py")]
-    result = python(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *what)
+    result = python(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *what)
     assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 400
 
 

@@ -718,7 +718,6 @@ def head_scores(draw):
     return laid_out(scores, draw(st.sampled_from(["contiguous", "rows apart", "features apart", "transposed"]))), scale
 
 
-@pytest.mark.slow
 @given(head_scores(), thresholds, st.sampled_from(RULES), st.booleans(), seeds)
 def test_decide_matches_float64(scores_and_scale, threshold, rule, with_log_probs, seed):
     scores, scale = scores_and_scale

@@ -460,6 +460,7 @@ def test_the_fast_and_the_validated_path_agree_on_pairs(monkeypatch, shape, layo
         assert 0 < len(answers[0][1]) < 20
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_only
 def test_pairs_as_operators_and_compiled():
     torch.compiler.reset()
