@@ -666,6 +666,7 @@ def test_fit_with_any_kind_of_loader():
         torch.testing.assert_close(ee.heads[-1].means, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 2, 3, 5, 7])  # batches, of twice four
 @pytest.mark.parametrize("head", ["class_means", partial(ClassMeans, passes=1), "mixed"])
 def test_ctrl_c_during_the_first_fit(after, head):

@@ -116,6 +116,7 @@ def searched(record: Record, targets: int, seed: int = 0) -> Points:
         return found.search(targets, seed, bar)
 
 
+@pytest.mark.slow
 @given(records(rows=(1, 2, 3, 5, 17, 65)), st.sampled_from([1, 4, 7]), st.integers(0, 2**64 - 1))
 def test_the_search_finds_what_a_slow_search_finds(record, targets, seed):
     found = searched(record, targets, seed)

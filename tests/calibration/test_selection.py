@@ -104,6 +104,7 @@ def layered(rows: int, exits: int, seed: int) -> Record:
     return Record(confidence, prediction, torch.zeros(rows, dtype=torch.int64), costs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budgets", [(0.0, 1.0), (0.4, 0.8)])
 @pytest.mark.parametrize("make", [layered, lambda rows, exits, seed: random_record(rows, exits, seed=seed)])
 @pytest.mark.parametrize(("exits", "seed"), [(2, 0), (4, 1), (5, 2), (6, 3), (6, 4)])

@@ -163,6 +163,7 @@ def agree(found, expected):
     np.testing.assert_allclose(found[3], expected[3], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_package_answers_as_the_network_does(packed, format):
     made = packed(format)
@@ -313,6 +314,7 @@ def test_networks_in_16_bits(tmp_path):
     assert (found.prediction == expected.prediction).float().mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["entropy", Margin()])
 def test_other_rules_heads_and_stages_by_hand(rule, tmp_path):
     ee = e2cm.EarlyExit(net_in_stages(), torch.zeros(1, *SHAPE), head="pooled_means", rule=rule)

@@ -46,6 +46,7 @@ def wide():
     return ee
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_sum_with_what_comes_from_outside_stays_in_blocks(wide, tmp_path):
     wide.export(tmp_path / "p.zip", progress=False)
@@ -107,6 +108,7 @@ def test_what_is_padded_is_put_into_blocks_if_channels_fill_them(channels):
     assert averages(model.graph) == (["b"] if channels == 16 else [])  # once for both sums
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_what_is_not_finite_stays_so(wide, tmp_path):
     """Thresholds that all pass: yet the one with a NaN goes on to the end, alone and in company."""
@@ -120,6 +122,7 @@ def test_what_is_not_finite_stays_so(wide, tmp_path):
     assert [int(cascade.predict(one[None]).exit[0]) for one in x] == [0, 0, end, 0]
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_memory_that_is_used_again_holds_nothing_of_others(wide, tmp_path):
     """Batches of all sizes, larger and smaller in turns, answer what each image alone does."""

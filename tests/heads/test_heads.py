@@ -559,6 +559,7 @@ def test_to_another_device():
     assert head.to_empty(device="cpu").means.device.type == "cpu"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(4), ids=HEAD_REGISTRY)
 def test_a_compiled_head_gives_the_same_answers(number):
     torch.compiler.reset()

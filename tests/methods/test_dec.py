@@ -299,6 +299,7 @@ def test_digits_fall_into_their_classes(of_digits):
     assert max(found) >= 0.75, found
 
 
+@pytest.mark.slow
 def test_most_digits_can_leave_early(of_digits):
     ee, seen, (x, y) = of_digits
     whole = scores(ee(x).argmax(1), y).accuracy

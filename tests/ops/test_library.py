@@ -82,6 +82,7 @@ def test_opcheck_of_compact(layout, share):
 OPCHECKS = [(layout, threshold) for layout in LAYOUTS for threshold in (0.75, INF, -INF)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "threshold"), OPCHECKS)
 def test_opcheck_of_exit_step(layout, threshold):
     x, means, scale = problem(layout=layout)
@@ -91,6 +92,7 @@ def test_opcheck_of_exit_step(layout, threshold):
         torch.library.opcheck(operator("exit_step"), arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "threshold"), OPCHECKS)
 def test_opcheck_of_decide(layout, threshold):
     x, means, scale = problem(layout=layout)

@@ -34,6 +34,7 @@ def answers_of(op: str, seed: int) -> list[torch.Tensor]:
     return [*ops.compact(x, ids % 3 == 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["class_distances", "class_scores", "exit_step", "decide", "compact"])
 @pytest.mark.parametrize("threads_inside", [1, 2, 4])
 def test_eight_threads_get_the_bits_of_one(op, threads_inside):
@@ -123,6 +124,7 @@ def batches() -> list[torch.Tensor]:
     return [x[:1], x[1:9], x[9:70], x[70:100], x[100:300], x[3:4]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads_inside", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_threads_on_one_network(threads_inside, compiled):

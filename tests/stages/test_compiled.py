@@ -46,6 +46,7 @@ def _afresh():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(7, 1, 64, 2, 33, 5, 1), (1, 2, 3, 150)])
 def test_one_graph_for_any_batch_and_one_for_one_sample(sizes):
     ee = wrapped()

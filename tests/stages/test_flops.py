@@ -16,6 +16,7 @@ pytestmark = pytest.mark.vision
 
 
 # Multiply-adds at 224 x 224 as the papers and model zoos give them, to the digits that they give.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "multiply_adds", "digit"),
     [
@@ -198,6 +199,7 @@ class Elementwise(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "share", "shift"),
     [

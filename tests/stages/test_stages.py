@@ -175,6 +175,7 @@ def test_names_of_efficientnet_of_timm():
     assert cut(vision.network("timm/efficientnet_b0"), vision.images(1)).names == ("bn1", *blocks)
 
 
+@pytest.mark.slow
 def test_names_of_densenet121():
     model = vision.network("torchvision/densenet121")
     dense = [f"features.denseblock{i}" for i in (1, 2, 3, 4)]
@@ -466,6 +467,7 @@ def best_by_trying_all(everywhere, wanted):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 9, 10])
 def test_a_number_of_exits(resnet, count):
     everywhere = fractions(cut(resnet, X, "all"))
@@ -932,6 +934,7 @@ def test_many_threads_at_once(resnet):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_compiled_stages(resnet):
     stages = cut(resnet, X, 2)
     compiled = [torch.compile(part, backend="eager", fullgraph=True) for part in stages]
