@@ -11,6 +11,10 @@ import os
 import signal
 import sys
 
+# One thread: the tensors of tests are small, and threads that wait for each other took most of the time. Tests of
+# several threads ask for them. Processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings

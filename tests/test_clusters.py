@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
-from support.helpers import generator, same_bits
-from support.small import Interrupted, digits, images, loader, net, trained
+from support.networks import Interrupted, digits, images, loader, net, trained
+from support.tensors import generator, same_bits
 from torch import nn
 
 import e2cm_ext as e2cm
@@ -147,7 +147,7 @@ def test_own_answers_take_the_place_of_labels():
 
 
 def test_clusters_of_a_network_are_found_again_at_its_exits():
-    """Digits, by a network that knows them: logits fall into ten clusters, which nobody has named."""
+    """Digits, by a network that knows them: logits fall into ten clusters without names."""
     train, held_out, test = digits()
     truth = torch.cat([y for _, y in test])
     ee = e2cm.EarlyExit(trained(), train[0][0][:1])

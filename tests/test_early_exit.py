@@ -17,8 +17,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.helpers import INF, NAN, assert_same_decisions, generator, same_bits
-from support.small import (
+from support.networks import (
     CLASSES,
     SHAPE,
     Interrupted,
@@ -26,15 +25,16 @@ from support.small import (
     Scripted,
     all_of,
     bits_of,
-    by_hand,
     digits,
     example_of,
     images,
     loader,
     net,
+    net_in_stages,
     samples,
     trained,
 )
+from support.tensors import INF, NAN, assert_same_decisions, generator, same_bits
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -72,7 +72,7 @@ def _wrapped(head, **options) -> EarlyExit:
 
 
 def at_quantile(ee: EarlyExit, q: float, batches=None) -> EarlyExit:
-    """A share 1 - q of those who come would leave at every exit."""
+    """A share 1 - q of the samples that reach an exit would leave there."""
     confidence = ee.record(batches or loader(), progress=False).confidence
     ee.thresholds = confidence[:, :-1].nanquantile(q, dim=0)
     return ee
@@ -104,10 +104,13 @@ def test_without_thresholds_it_is_the_network_bit_for_bit(layout, where, fitted)
     assert same_bits(ee(x), model(x).log_softmax(1).detach())
 
 
+@pytest.mark.slow
+@pytest.mark.vision
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_torchvision_s_networks_bit_for_bit(name, layout):
-    vision = pytest.importorskip("vision")
+    from support import vision
+
     torch.manual_seed(0)
     model = vision.torchvision.models.get_model(name, weights=None, num_classes=7).eval().to(memory_format=layout)
     x = torch.randn(3, 3, 64, 64, generator=generator(0)).contiguous(memory_format=layout)
@@ -267,7 +270,7 @@ def test_num_classes_is_checked():
 
 
 def test_stages_by_hand():
-    stages = by_hand()
+    stages = net_in_stages()
     ee = EarlyExit(stages, images(1), head="class_means")
     assert ee.stages is stages and ee.exit_names == ("near", "far")
     at_quantile(ee.fit(loader(), progress=False), 0.6)
@@ -470,6 +473,7 @@ def test_threads_get_the_bits_of_one():
     assert all(same_bits(value, state[name]) for name, value in ee.state_dict().items())
 
 
+@pytest.mark.slow
 def test_under_torch_compile():
     ee = at_quantile(wrapped(), 0.6)
     x = samples(20)
@@ -983,7 +987,7 @@ def test_save_and_load(tmp_path, head, rule):
     loaded.fit(loader(), progress=False)  # and on it goes
 
 
-def test_a_file_is_small_and_for_everybody(tmp_path):
+def test_a_file_is_small_and_readable_by_others(tmp_path):
     """safetensors, without the base network's weights, with the permissions of any new file."""
     from safetensors import safe_open
 
@@ -1019,10 +1023,10 @@ def test_save_and_load_of_sixteen_bits_stages_and_an_unfitted_one(tmp_path):
     with pytest.raises(ValueError, match="not the same weights"):
         EarlyExit.load(tmp_path / "half", net().half().bfloat16())
 
-    parts = EarlyExit(by_hand(), images(1), exits=["far"]).fit(loader(), progress=False)
+    parts = EarlyExit(net_in_stages(), images(1), exits=["far"]).fit(loader(), progress=False)
     at_quantile(parts, 0.6).save(tmp_path / "stages")
     x = samples(30)
-    assert_same_decisions(EarlyExit.load(tmp_path / "stages", by_hand()).predict(x), parts.predict(x))
+    assert_same_decisions(EarlyExit.load(tmp_path / "stages", net_in_stages()).predict(x), parts.predict(x))
 
     wrapped(fitted=False).save(tmp_path / "empty")
     empty = EarlyExit.load(tmp_path / "empty", net())

@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from support.helpers import INF, NAN, assert_same_decisions, generator, same_bits
-from support.small import (
+from support.fast_exits import NetWithExits, fitted
+from support.networks import (
     CLASSES,
     Block,
     Interrupted,
@@ -25,6 +25,7 @@ from support.small import (
     samples,
     trained,
 )
+from support.tensors import INF, NAN, assert_same_decisions, generator, same_bits
 from torch import nn
 
 from e2cm_ext import (
@@ -41,31 +42,6 @@ from e2cm_ext import (
 )
 
 EXITS = ("stem", "block1", "block2")  # behind which EarlyExit puts its own
-
-
-class ByHand(nn.Module):
-    """The network of `small`, with three exits in it."""
-
-    def __init__(self, base, **options):
-        super().__init__()
-        self.base = base
-        self.exit1 = FastExit((12, 8, 8), CLASSES, **options)
-        self.exit2 = FastExit((12, 8, 8), CLASSES, **options)
-        self.exit3 = FastExit((24, 4, 4), CLASSES, **options)
-
-    def forward(self, x):
-        base = self.base
-        x, state = self.exit1(base.stem(x))
-        x, state = self.exit2(base.block1(x), state)
-        x, state = self.exit3(base.block2(base.down(x)), state)
-        x = base.block3(x)
-        return state.result(base.classifier(base.drop(x.mean((2, 3)))))
-
-
-def fitted(batches=None, head="class_means", **options) -> ByHand:
-    model = ByHand(net(), head=head, **options).eval()
-    fast_exit.fit(model, batches or loader(), progress=False)
-    return model
 
 
 def wrapped(batches=None, head="class_means", **options) -> EarlyExit:
@@ -90,7 +66,7 @@ FEW = partial(WhitenedMeans, statistics=Statistics(mean=(2, 2), pairs=2))
 @pytest.mark.parametrize("head", [FEW, "class_means", "pooled_means"], ids=["whitened", "class", "pooled"])
 @pytest.mark.parametrize("rule", ["confidence", "entropy"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_it_says_what_early_exit_says(head, rule, layout):
+def test_answers_are_those_of_early_exit(head, rule, layout):
     fit_on, others = harder(1000, seed=0), harder(200, seed=1)
     model, ee = fitted(fit_on, head=head, rule=rule), wrapped(fit_on, head=head, rule=rule)
     record = fast_exit.record(model, others, progress=False)
@@ -112,7 +88,7 @@ def test_it_says_what_early_exit_says(head, rule, layout):
 def test_without_thresholds_it_is_the_network_bit_for_bit(layout):
     base = net()
     x = images(20).contiguous(memory_format=layout)
-    for model in (ByHand(base).eval(), fitted()):
+    for model in (NetWithExits(base).eval(), fitted()):
         out = model(x)
         assert isinstance(out, Decisions)
         assert same_bits(out.log_probs, base(x).log_softmax(1))
@@ -122,7 +98,7 @@ def test_without_thresholds_it_is_the_network_bit_for_bit(layout):
 
 def test_calibrate():
     fit_on, calibrate_on, test_on = digits()
-    model = ByHand(trained()).eval()
+    model = NetWithExits(trained()).eval()
     fast_exit.fit(model, fit_on, progress=False)
     record = fast_exit.record(model, calibrate_on, progress=False)
     points = [
@@ -179,7 +155,7 @@ def test_survivors_go_on_in_their_old_order():
     assert torch.equal(model.seen[0], x[[0, 2, 3]]) and torch.equal(model.seen[1], x[[0, 3]])
 
 
-def test_done_when_nobody_is_left():
+def test_done_when_all_samples_have_left():
     model = Vectors().eval()
     fast_exit.set_thresholds(model, [-INF, -INF])
     assert model(torch.rand(5, 4)).exit.tolist() == [0] * 5
@@ -241,7 +217,7 @@ def test_eval_mode_with_gradients_enabled():
     assert_same_decisions(Decisions(*(t.detach() for t in out)), expected)
 
 
-def test_settings():
+def test_settings_of_an_exit():
     exit = FastExit(64, 3)
     assert exit.threshold.item() == INF and exit.threshold.dtype is torch.float32
     assert isinstance(exit.head, WhitenedMeans) and exit.head.feature_shape == (64,)
@@ -267,7 +243,7 @@ def test_settings():
 def test_exits_made_in_inference_mode_can_be_fitted_in_it_and_outside_of_it():
     base, x = net(), samples(40)
     with torch.inference_mode():
-        model = ByHand(base).eval()
+        model = NetWithExits(base).eval()
         fast_exit.fit(model, loader(), progress=False)
         fast_exit.set_thresholds(model, 0.2)
         expected = model(x)
@@ -283,7 +259,7 @@ def test_features_of_another_shape():
 
 
 def test_a_threshold_from_the_constructor_waits_for_fit():
-    model = ByHand(net(), threshold=0.12).eval()
+    model = NetWithExits(net(), threshold=0.12).eval()
     with pytest.raises(RuntimeError, match=r"knows no classes yet: call e2cm_ext.fast_exit.fit\(model, loader\) first"):
         model(images(2))
     fast_exit.fit(model, loader(), progress=False)
@@ -314,7 +290,7 @@ def test_state_dict_and_deepcopy():
     x = samples(40)
     with torch.no_grad():
         expected = model(x)
-        other = ByHand(net(seed=1), head="class_means").eval()
+        other = NetWithExits(net(seed=1), head="class_means").eval()
         other.load_state_dict(model.state_dict())
         assert_same_decisions(other(x), expected)
         third = copy.deepcopy(model)
@@ -359,7 +335,7 @@ def test_threads_and_a_fit_at_the_same_time():
 
 @pytest.mark.parametrize("after", [0, 2, 5, 7])
 def test_ctrl_c_during_fit(after):
-    model = ByHand(net(), head="class_means").eval()  # two passes
+    model = NetWithExits(net(), head="class_means").eval()  # two passes
     with pytest.raises(KeyboardInterrupt):
         fast_exit.fit(model, Interrupted(loader(), after), progress=False)
     assert not model.exit1.head.fitted
@@ -376,7 +352,7 @@ def test_ctrl_c_during_fit(after):
 
 
 def test_a_class_without_samples():
-    model = ByHand(net()).eval()
+    model = NetWithExits(net()).eval()
     with pytest.warns(UserWarning, match=r"no sample of 3 of the 10 classes \(7, 8, 9\)") as caught:
         fast_exit.fit(model, loader(classes=7), progress=False)
     assert caught[0].filename == __file__
@@ -394,7 +370,7 @@ def test_train_mode_is_refused():
 
 
 def test_unfitted_exits_are_refused():
-    model = ByHand(net()).eval()
+    model = NetWithExits(net()).eval()
     with pytest.raises(RuntimeError, match="exit 'exit1' knows no classes yet"):
         fast_exit.record(model, loader(), progress=False)
     with pytest.raises(RuntimeError, match="exit 'exit2' knows no classes yet"):
@@ -424,7 +400,7 @@ def test_records_of_another_network_are_refused():
 
 
 def test_heads_may_differ_rules_may_not():
-    model = ByHand(net()).eval()
+    model = NetWithExits(net()).eval()
     model.exit2 = FastExit((12, 8, 8), CLASSES, head=PooledMeans).eval()
     fast_exit.fit(model, loader(), progress=False)
     assert fast_exit.record(model, loader(), progress=False).confidence.shape == (200, 4)
@@ -494,7 +470,7 @@ def test_flops_of_a_network_that_looks_at_its_numbers():
 
 
 def test_progress_bars(capsys):
-    model = ByHand(net(), head="class_means").eval()
+    model = NetWithExits(net(), head="class_means").eval()
     fast_exit.fit(model, loader())
     fast_exit.calibrate(model, loader(), flops=0.95)
     text = capsys.readouterr().err

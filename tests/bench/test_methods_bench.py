@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.small import all_of, digits
+from support.networks import all_of, digits
 
 sys.path.append(str(Path(__file__).parents[2]))  # at the end: e2cm_ext is the installed one
 from bench import methods
@@ -22,7 +22,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
         arrays[f"x_{name}"] = ((x[:, 0] * 0.38 + 0.3) * 16 * 15).round().to(torch.uint8).numpy()
         arrays[f"y_{name}"] = y.numpy()
     np.savez(folder / "digits.npz", **arrays)
-    (folder / "networks.py").write_text("from support.small import trained\n")
+    (folder / "networks.py").write_text("from support.networks import trained\n")
     images = ["--mean", str(0.3 * 16 / 17), "--std", str(0.38 * 16 / 17), "--batch", "100", "--no-mirror"]
     images += ["--exits", "0.05", "0.3", "0.7"]
     where = [str(folder / "networks.py"), "trained()", str(folder / "digits.npz")]
@@ -34,6 +34,7 @@ def run(folder, *more):
     return json.loads((folder / "out.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_runs_and_continues_where_it_was_stopped(monkeypatch, tmp_path, capsys):
     chosen = ("--methods", "e2cm", "sdn", "joined", "--budgets", "one", "six", "--long", "2")
 
@@ -73,7 +74,7 @@ def test_records_from_features_are_those_of_the_network():
 
 
 def methods_model():
-    from support.small import trained
+    from support.networks import trained
 
     return trained()
 

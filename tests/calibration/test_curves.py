@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, same_bits, seeds
-from test_record import by_hand, random_record, records
+from support.records import points_of, random_record, records, replay_by_hand, small_curve
+from support.tensors import INF, NAN, same_bits, seeds
 from torch import Tensor
 
 from e2cm_ext.calibration import search
@@ -117,14 +117,15 @@ def searched(record: Record, targets: int, seed: int = 0) -> Points:
 
 
 @given(records(rows=(1, 2, 3, 5, 17, 65)), st.sampled_from([1, 4, 7]), st.integers(0, 2**64 - 1))
-def test_the_search_is_its_twin(record, targets, seed):
+def test_the_search_finds_what_a_slow_search_finds(record, targets, seed):
     found = searched(record, targets, seed)
     assert len(found.flops) == targets + 1
     for number in range(targets + 1):
         assert found.thresholds[number].tolist() == twin(record, number, targets, seed)
 
 
-def test_the_search_is_its_twin_on_a_larger_record():
+@pytest.mark.slow
+def test_the_search_finds_what_a_slow_search_finds_on_a_larger_record():
     record = random_record(600, 5, odd=0.01)
     found = searched(record, 8, 3)
     for number in range(9):
@@ -138,7 +139,7 @@ def test_every_point_is_what_a_replay_says(record, seed):
         replay = record.replay(thresholds)
         assert float(flops) == replay.flops  # to the last bit
         assert float(accuracy) == replay.accuracy
-        assert replay.flops == pytest.approx(by_hand(record, thresholds)[2], rel=1e-12)
+        assert replay.flops == pytest.approx(replay_by_hand(record, thresholds)[2], rel=1e-12)
 
 
 # ---- what the search promises ----------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_full_flops_are_the_base_network_where_it_is_best():
     assert found.at(1.0).thresholds.tolist() == [INF] * 4
 
 
-def test_nobody_ever_leaves():
+def test_a_record_where_no_sample_can_leave():
     record = random_record(20, 3)
     record.confidence[:, :-1] = NAN
     found = curve(record, targets=10)
@@ -201,7 +202,7 @@ def test_nobody_ever_leaves():
         found.at(0.99)
 
 
-def test_no_exits():
+def test_a_curve_without_exits_is_the_base_network():
     record = random_record(20, 0)
     found = curve(record, targets=10)
     assert found.flops.tolist() == [1.0]
@@ -210,7 +211,7 @@ def test_no_exits():
     assert found.on(record).flops.tolist() == [1.0]
 
 
-def test_no_samples():
+def test_a_curve_needs_samples():
     empty = random_record(0, 2)
     with pytest.raises(ValueError, match="`record` holds no samples"):
         curve(empty)
@@ -392,11 +393,6 @@ def test_hull_against_scipy(pairs, spread):
     assert trapezoids == pytest.approx(area, rel=1e-9)
 
 
-def points_of(*pairs: tuple[float, float]) -> Points:
-    flops, accuracy = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)
-    return Points(flops, accuracy, torch.arange(len(pairs), dtype=torch.float32)[:, None])
-
-
 def test_front_and_hull_by_hand():
     points = points_of((0.5, 0.5), (0.2, 0.3), (0.2, 0.4), (0.3, 0.42), (0.6, 0.5), (0.8, 0.9), (1.0, 0.9), (0.4, 0.41))
     front = points.pick(search.pareto_front(points))
@@ -409,22 +405,16 @@ def test_front_and_hull_by_hand():
 # ---- what a curve answers --------------------------------------------------------------------------------------------
 
 
-def curve_by_hand() -> Curve:
-    """Corners 0, 1, 3; point 2 lies below the hull."""
-    front = points_of((0.2, 0.5), (0.4, 0.8), (0.6, 0.82), (1.0, 0.9))
-    return Curve(*front.pick([0, 1, 3]), base_accuracy=0.9, names=("a",), rule="confidence", front=front)
-
-
 def number(point: OperatingPoint) -> float:
     return point.thresholds.item()
 
 
 def test_time_sharing_by_hand():
-    point = curve_by_hand().at(0.25)
+    point = small_curve().at(0.25)
     assert (point.flops, number(point), number(point.other)) == (0.25, 0, 1)
     assert point.probability == pytest.approx(0.75)  # .75 * .2 + .25 * .4 = .25
     assert point.accuracy == pytest.approx(0.75 * 0.5 + 0.25 * 0.8)
-    point = curve_by_hand().at(0.85)
+    point = small_curve().at(0.85)
     assert (number(point), number(point.other)) == (1, 3)
     assert point.probability == pytest.approx(0.25)
     assert point.accuracy == pytest.approx(0.25 * 0.8 + 0.75 * 0.9)
@@ -436,7 +426,7 @@ def test_time_sharing_by_hand():
 
 @pytest.mark.parametrize(("flops", "which"), [(0.2, 0), (0.4, 1), (1.0, 3), (1.01, 3), (INF, 3)])
 def test_corners_need_no_time_sharing(flops, which):
-    point = curve_by_hand().at(flops)
+    point = small_curve().at(flops)
     assert number(point) == which
     assert (point.probability, point.other) == (1.0, None)
     assert str(point) == f"accuracy {point.accuracy:.4f} at FLOPs {point.flops:.4f}"
@@ -445,9 +435,9 @@ def test_corners_need_no_time_sharing(flops, which):
 @pytest.mark.parametrize("ask", ["at", "best_within"])
 def test_budgets_that_cannot_be_met(ask):
     with pytest.raises(ValueError, match=r"`flops` is 0.19; the cheapest there is costs 0.2 .* \(accuracy 0.5000\)"):
-        getattr(curve_by_hand(), ask)(0.19)
+        getattr(small_curve(), ask)(0.19)
     with pytest.raises(ValueError, match="`flops` is NaN"):
-        getattr(curve_by_hand(), ask)(NAN)
+        getattr(small_curve(), ask)(NAN)
 
 
 @given(records(exits=(1, 2, 3)), st.floats(0, 1.2))
@@ -474,7 +464,7 @@ def test_time_sharing_keeps_to_the_budget_and_gains_by_it(record, flops):
     ("flops", "which"), [(0.2, 0), (0.39, 0), (0.4, 1), (0.59, 1), (0.6, 2), (0.99, 2), (1, 3), (5, 3)]
 )
 def test_best_single_vector_within_a_budget(flops, which):
-    point = curve_by_hand().best_within(flops=flops)
+    point = small_curve().best_within(flops=flops)
     assert number(point) == which
     assert point.other is None
 
@@ -483,24 +473,24 @@ def test_best_single_vector_within_a_budget(flops, which):
     ("drop", "which"), [(0, 3), (0.0799, 3), (0.9 - 0.82, 2), (0.1, 1), (0.3999, 1), (0.4, 0), (1, 0)]
 )
 def test_cheapest_within_a_drop_of_accuracy(drop, which):
-    assert number(curve_by_hand().within(accuracy_drop=drop)) == which
+    assert number(small_curve().within(accuracy_drop=drop)) == which
 
 
 def test_drops_that_cannot_be():
     with pytest.raises(ValueError, match=r"`accuracy_drop` is -0.1; the least on this curve is 0 \(accuracy 0.9000"):
-        curve_by_hand().within(-0.1)
+        small_curve().within(-0.1)
     with pytest.raises(ValueError, match="`accuracy_drop` is NaN"):
-        curve_by_hand().within(NAN)
+        small_curve().within(NAN)
 
 
 def test_points_are_their_own():
     """Writing into a point's thresholds leaves the curve as it was."""
-    found = curve_by_hand()
+    found = small_curve()
     found.at(0.4).thresholds.fill_(77)
     assert number(found.at(0.4)) == 1
 
 
-def test_text():
+def test_a_curve_prints_as_a_table():
     found = curve(random_record(200, 3), targets=10)
     lines = str(found).splitlines()
     assert len(lines) == len(found.flops) + 2
@@ -511,7 +501,7 @@ def test_text():
         [float(found.flops[0]), float(found.accuracy[0])], abs=1e-4
     )
     assert int(cells[3]) == int(found.thresholds[0].isfinite().sum() + found.thresholds[0].isneginf().sum())
-    assert repr(curve_by_hand()) == "Curve(3 points, FLOPs 0.2000 to 1.0000, accuracy 0.5000 to 0.9000, base 0.9000)"
+    assert repr(small_curve()) == "Curve(3 points, FLOPs 0.2000 to 1.0000, accuracy 0.5000 to 0.9000, base 0.9000)"
 
 
 # ---- on another record -----------------------------------------------------------------------------------------------
@@ -606,7 +596,7 @@ def test_others_run_while_it_searches():
     assert beats > 5
 
 
-def test_speed():
+def test_the_search_takes_seconds_on_a_large_record():
     """Generous: on two idle cores all 1001 targets take two seconds."""
     record = random_record(50_000, 28)
     start = time.perf_counter()

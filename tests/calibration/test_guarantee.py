@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from support.helpers import INF, generator, seeds
-from test_record import random_record
+from support.records import random_record
+from support.tensors import INF, generator, seeds
 
 from e2cm_ext.calibration import binomial, guarantee
 from e2cm_ext.calibration.curves import curve
@@ -192,6 +192,7 @@ def test_taking_the_best_of_those_that_pass_errs_more_often():
 # ---- records ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["accuracy", "agreement"])
 def test_what_is_promised_is_kept(of):
     """On the population that the records are drawn from, but for a share of delta."""

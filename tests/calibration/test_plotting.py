@@ -2,14 +2,13 @@
 
 import dataclasses
 import io
-import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
-from test_curves import curve_by_hand
-from test_record import random_record, small
+from support.records import random_record, small_curve, small_record
+from support.subprocesses import run_python
 
 from e2cm_ext.calibration.record import Record
 
@@ -34,7 +33,7 @@ def drawn(ax: Axes) -> list[tuple[list[float], list[float]]]:
 
 
 def test_a_curve_has_lines_points_and_the_base_network(ax):
-    assert curve_by_hand().plot(ax, label="here", color="red") is ax
+    assert small_curve().plot(ax, label="here", color="red") is ax
     lines, points, base = ax.get_lines()
     assert drawn(ax) == [
         ([0.2, 0.4, 1.0], [0.5, 0.8, 0.9]),
@@ -44,17 +43,17 @@ def test_a_curve_has_lines_points_and_the_base_network(ax):
     assert (lines.get_linestyle(), points.get_linestyle(), base.get_linestyle()) == ("-", "None", "--")
     assert lines.get_color() == points.get_color() == "red"
     assert ax.get_legend_handles_labels()[1] == ["here", "base network"]
-    assert curve_by_hand().plot() is ax  # the current axes
+    assert small_curve().plot() is ax  # the current axes
 
 
 def test_without_the_hull_there_are_points_only(ax):
-    curve_by_hand().plot(ax, hull=False, label="here")
+    small_curve().plot(ax, hull=False, label="here")
     assert [line.get_linestyle() for line in ax.get_lines()] == ["None", "--"]
     assert ax.get_legend_handles_labels()[1] == ["here", "base network"]
 
 
 def test_curves_of_one_network_share_its_line(ax):
-    found = curve_by_hand()
+    found = small_curve()
     for label in ("a", "b"):
         found.plot(ax, label=label)
     assert ax.get_legend_handles_labels()[1] == ["a", "base network", "b"]
@@ -65,7 +64,7 @@ def test_curves_of_one_network_share_its_line(ax):
 
 def test_a_curve_over_times(ax):
     """The thresholds of the curve are 0, 1, 2, 3; the last is fast."""
-    found = curve_by_hand()
+    found = small_curve()
     found.plot(ax, time=lambda thresholds: [{0: 2, 1: 3, 2: 4, 3: 1}[int(t)] for t in thresholds[:, 0]])
     assert drawn(ax)[:2] == [([1, 2, 3], [0.9, 0.5, 0.8]), ([2, 3, 4, 1], [0.5, 0.8, 0.82, 0.9])]
     assert ax.get_xlabel() == "time"
@@ -93,8 +92,8 @@ def heights(ax: Axes) -> list[list[float]]:
 
 
 def test_a_record_by_hand():
-    """Stages cost 10, 20, 70, heads 1 and 4; see test_replay_by_hand for who leaves where."""
-    record = dataclasses.replace(small(), confidence=small().confidence.nan_to_num(1.0))
+    """Stages cost 10, 20, 70, heads 1 and 4; see test_replay_by_hand for where each sample leaves."""
+    record = dataclasses.replace(small_record(), confidence=small_record().confidence.nan_to_num(1.0))
     drawn_in = panels(record.plot([0.5, 0.5]))
     exits, base_point, base = drawn(drawn_in["accuracy"])
     assert exits == ([0.11, 0.34], [0.25, 0.25])
@@ -122,13 +121,16 @@ def test_certainties_of_right_and_wrong():
     steps = torch.arange(101) / 100
     confidence = torch.cat([0.5 + steps / 2, steps / 2])[:, None].repeat(1, 3)
     prediction = torch.cat([torch.zeros(101), torch.ones(101)])[:, None].repeat(1, 3).long()
-    record = dataclasses.replace(small(), confidence=confidence, prediction=prediction, label=torch.zeros(202).long())
+    record = dataclasses.replace(
+        small_record(), confidence=confidence, prediction=prediction, label=torch.zeros(202).long()
+    )
     right, wrong = panels(record.plot())["certainty"].containers
     assert [bar.get_y() for bar in right] == pytest.approx([0.625] * 2)
     assert [bar.get_y() for bar in wrong] == pytest.approx([0.125] * 2)
     assert [bar.get_height() for bar in (*right, *wrong)] == pytest.approx([0.25] * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exits", "classes"), [(1, 10), (12, 11), (28, 10), (100, 11)])
 def test_any_number_of_exits_can_be_drawn(exits, classes):
     record = probable(random_record(200, exits, odd=0.05, classes=classes))
@@ -152,11 +154,11 @@ def test_a_rule_that_compares_no_probabilities():
 
 def test_records_that_cannot_be_drawn():
     with pytest.raises(ValueError, match="`record` holds 0 samples at 2 exits; wanted at least one of each"):
-        small().part([]).plot()
+        small_record().part([]).plot()
     with pytest.raises(ValueError, match="`record` holds 4 samples at 0 exits"):
-        small().at_exits([]).plot()
+        small_record().at_exits([]).plot()
     with pytest.raises(ValueError, match=r"`thresholds` has shape \[1\]"):
-        small().plot([0.5])
+        small_record().plot([0.5])
 
 
 # ---- manners ---------------------------------------------------------------------------------------------------------
@@ -164,18 +166,20 @@ def test_records_that_cannot_be_drawn():
 
 def test_figures_of_records_are_not_pyplot_s(ax):
     before, current = pyplot.get_fignums(), pyplot.gcf()
-    assert isinstance(small().plot(), Figure)
+    assert isinstance(small_record().plot(), Figure)
     assert (pyplot.get_fignums(), pyplot.gcf()) == (before, current)
 
 
-def test_matplotlib_is_loaded_only_to_draw(tmp_path):
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_matplotlib_is_loaded_only_to_draw():
     code = "import sys, e2cm_ext; assert not any(name.startswith('matplotlib') for name in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)  # not where there is a checkout
+    run_python("-c", code)
 
 
 def test_without_matplotlib(monkeypatch):
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.pyplot"):
         monkeypatch.setitem(sys.modules, name, None)
-    for plot in (curve_by_hand().plot, small().plot):
+    for plot in (small_curve().plot, small_record().plot):
         with pytest.raises(ImportError, match="plot needs matplotlib: `pip install matplotlib`"):
             plot()

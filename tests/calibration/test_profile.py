@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, generator
-from support.small import digits, loader, net, samples, trained
-from test_fast_exit import ByHand
-from test_record import random_record, records, thresholds_for
+from support.fast_exits import NetWithExits
+from support.networks import digits, loader, net, samples, trained
+from support.records import random_record, records, thresholds_for
+from support.tensors import INF, NAN, generator
 
 from e2cm_ext import Confidence, EarlyExit, Profile, TimedPoint, curve, fast_exit
 from e2cm_ext.calibration import profile
@@ -285,7 +285,7 @@ def test_what_happens_once_does_not_count():
     torch.testing.assert_close(rough.profile.stages, calm.profile.stages)
 
 
-def test_sizes_take_turns_and_few_images_are_repeated():
+def test_sizes_are_interleaved_and_few_images_are_repeated():
     found = timed(3, 4)
     sizes = [count for what, count in found.calls if what == "stage 1"]
     assert sizes == [1, 2, 4] * 4
@@ -310,7 +310,7 @@ def test_measuring_nothing(options, message):
 def networks():
     fit_on, _, _ = digits()
     ee = EarlyExit(trained(), fit_on[0][0][:1]).fit(fit_on, progress=False)
-    by_hand = ByHand(trained()).eval()
+    by_hand = NetWithExits(trained()).eval()
     fast_exit.fit(by_hand, fit_on, progress=False)
     yield ee.profile, ee.calibrate, ee.record, lambda: ee.thresholds
     exits = [m for m in by_hand.modules() if isinstance(m, fast_exit.FastExit)]
@@ -350,7 +350,7 @@ def test_calibrate_for_a_time(which):
         ({"flops": 0.5, "method": "best"}, ValueError, "`method` is 'best'"),
     ],
 )
-def test_targets_that_make_no_sense(options, error, message):
+def test_wrong_targets_are_refused_before_anything_runs(options, error, message):
     """Said before anything is run."""
     ee = EarlyExit(net(), samples(1)).fit(loader(), progress=False)
     with pytest.raises(error, match=message):

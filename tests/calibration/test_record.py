@@ -10,78 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, generator, same_bits, seeds
+from support.records import random_record, records, replay_by_hand, small_record, thresholds_for
+from support.tensors import INF, NAN, generator, same_bits, seeds
 
 from e2cm_ext.calibration.record import Record
 from e2cm_ext.stages.flops import Costs
 from e2cm_ext.utils import serialization
-
-
-def random_record(
-    rows: int, exits: int, *, seed: int = 0, values: int = 0, odd: float = 0.0, classes: int = 5, heads: bool = True
-) -> Record:
-    """Later exits are surer, and right more often. `values`: how many certainties there are, 0 for as many as floats;
-    `odd`: the share of NaN, infinities and zeros."""
-    g = generator(seed)
-    columns = exits + 1
-    depth = torch.arange(columns) / columns
-    certainty = torch.randn(rows, columns, generator=g) + depth
-    label = torch.randint(classes, (rows,), generator=g)
-    right = torch.rand(rows, columns, generator=g) < torch.sigmoid(2 * certainty)
-    wrong = (label[:, None] + torch.randint(1, classes, (rows, columns), generator=g)) % classes
-    if values:
-        certainty = torch.randint(values, (rows, columns), generator=g) / values - 0.5
-    strange = torch.tensor([NAN, INF, -INF, 0.0, -0.0])[torch.randint(5, (rows, columns), generator=g)]
-    certainty = torch.where(torch.rand(rows, columns, generator=g) < odd, strange, certainty)
-    costs = Costs(
-        tuple(torch.randint(1, 1000, (columns,), generator=g).tolist()),
-        tuple(torch.randint(200 if heads else 1, (exits,), generator=g).tolist()),
-        tuple(f"exit{j}" for j in range(exits)),
-    )
-    return Record(certainty, torch.where(right, label[:, None], wrong), label, costs, "confidence")
-
-
-@st.composite
-def records(draw, rows=(1, 2, 3, 5, 17, 63, 64, 65, 130), exits=(0, 1, 2, 3, 6)) -> Record:
-    """With ties, NaN, +-inf and both zeros among the certainties."""
-    return random_record(
-        draw(st.sampled_from(rows)),
-        draw(st.sampled_from(exits)),
-        seed=draw(seeds),
-        values=draw(st.sampled_from([0, 0, 1, 2, 5])),
-        odd=draw(st.sampled_from([0.0, 0.1, 0.9])),
-        heads=draw(st.booleans()),
-    )
-
-
-@st.composite
-def thresholds_for(draw, record: Record) -> torch.Tensor:
-    """Values that occur, that lie beside them, and +-inf."""
-    chosen = []
-    for j in range(record.exits):
-        column = record.confidence[:, j]
-        occurring = column[~column.isnan()].tolist() or [0.0]
-        chosen.append(draw(st.one_of(st.sampled_from([INF, -INF, *occurring]), st.floats(-3, 3, width=32))))
-    return torch.tensor(chosen, dtype=torch.float32)
-
-
-def by_hand(record: Record, thresholds: torch.Tensor) -> tuple[list[int], list[int], float]:
-    """Exits, predictions and mean FLOPs, sample by sample."""
-    exits, predictions, spent = [], [], 0
-    limits = thresholds.tolist()
-    for sure, said in zip(record.confidence.tolist(), record.prediction.tolist(), strict=True):
-        for j in range(record.exits + 1):
-            spent += record.costs.stages[j]
-            if j == record.exits:
-                break
-            if limits[j] < INF:
-                spent += record.costs.heads[j]
-            if sure[j] > limits[j]:
-                break
-        exits.append(j)
-        predictions.append(said[j])
-    return exits, predictions, spent / len(exits) / record.costs.base
-
 
 # ---- replay ---------------------------------------------------------------------------------------------------------
 
@@ -90,7 +24,7 @@ def by_hand(record: Record, thresholds: torch.Tensor) -> tuple[list[int], list[i
 def test_replay_is_a_loop_over_samples(data):
     record = data.draw(records())
     thresholds = data.draw(thresholds_for(record))
-    exits, predictions, flops = by_hand(record, thresholds)
+    exits, predictions, flops = replay_by_hand(record, thresholds)
     replay = record.replay(thresholds)
     assert replay.exit.tolist() == exits
     assert replay.prediction.tolist() == predictions
@@ -98,16 +32,6 @@ def test_replay_is_a_loop_over_samples(data):
     assert replay.flops == pytest.approx(flops, rel=1e-12)
     assert replay.accuracy == sum(replay.correct.tolist()) / len(record)
     assert same_bits(replay.confidence, record.confidence[torch.arange(len(record)), replay.exit])
-
-
-def small() -> Record:
-    """Stages cost 10, 20, 70, heads 1 and 4."""
-    return Record(
-        torch.tensor([[0.9, 0.9, 1.0], [0.5, 0.8, 1.0], [0.5, 0.5, 1.0], [NAN, 0.9, NAN]]),
-        torch.tensor([[0, 1, 1], [1, 2, 1], [1, 1, 2], [2, 2, 0]]),
-        torch.tensor([0, 2, 2, 0]),
-        Costs((10, 20, 70), (1, 4), ("a", "b")),
-    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +45,7 @@ def small() -> Record:
     ],
 )
 def test_replay_by_hand(thresholds, exits, flops, accuracy):
-    replay = small().replay(thresholds)
+    replay = small_record().replay(thresholds)
     assert replay.exit.tolist() == exits
     assert replay.flops == pytest.approx(flops, rel=1e-14)
     assert replay.accuracy == accuracy
@@ -162,11 +86,11 @@ def test_thresholds_are_compared_in_float32():
 )
 def test_thresholds_that_make_no_sense(thresholds, message):
     with pytest.raises(ValueError, match=message):
-        small().replay(thresholds)
+        small_record().replay(thresholds)
 
 
-def test_nobody():
-    record = small().part([])
+def test_a_record_without_samples():
+    record = small_record().part([])
     assert len(record) == 0
     replay = record.replay([0.5, 0.5])
     assert replay.exit.shape == replay.prediction.shape == (0,)
@@ -179,7 +103,7 @@ def test_nobody():
 
 
 def test_what_a_record_knows():
-    record = small()
+    record = small_record()
     assert len(record) == 4
     assert record.exits == 2
     assert record.names == ("a", "b")
@@ -192,7 +116,7 @@ def test_what_a_record_knows():
 
 
 def changed(**fields):
-    record = small()
+    record = small_record()
     old = {name: getattr(record, name) for name in ("confidence", "prediction", "label", "costs", "rule")}
     return Record(**{**old, **fields})
 
@@ -219,7 +143,7 @@ def test_fields_that_do_not_fit(fields, error, message):
 
 
 def test_any_strides_and_int32():
-    record = small()
+    record = small_record()
     other = changed(
         confidence=record.confidence.t().contiguous().t(), prediction=record.prediction.int(), label=record.label.int()
     )
@@ -248,8 +172,8 @@ def test_no_gradient_is_kept():
         (range(2), [0, 1]),
     ],
 )
-def test_part(samples, rows):
-    record = small()
+def test_a_part_of_a_record(samples, rows):
+    record = small_record()
     part = record.part(samples)
     assert same_bits(part.confidence, record.confidence[rows])
     assert torch.equal(part.prediction, record.prediction[rows])
@@ -260,7 +184,7 @@ def test_part(samples, rows):
 @pytest.mark.parametrize("samples", [0, [0.5], [[0, 1]]])
 def test_part_by_nonsense(samples):
     with pytest.raises(TypeError, match="`samples`"):
-        small().part(samples)
+        small_record().part(samples)
 
 
 def test_merged_parts_are_the_whole():
@@ -282,7 +206,7 @@ def test_merged_parts_are_the_whole():
 )
 def test_records_of_two_networks_do_not_merge(other):
     with pytest.raises(ValueError, match=f"record 1 has other {next(iter(other))} than record 0"):
-        Record.merge([small(), changed(**other)])
+        Record.merge([small_record(), changed(**other)])
     with pytest.raises(ValueError, match="`records` is empty"):
         Record.merge([])
 
@@ -359,7 +283,7 @@ def test_reliability_of_what_is_no_probability():
     with pytest.raises(ValueError, match=r"`confidence` goes from -0\.5 to 0\.5 in this record"):
         answers([-0.5, 0.5], [True, False]).reliability([])
     with pytest.raises(ValueError, match="`bins` is 0; wanted a whole number"):
-        small().reliability([0.5, 0.5], bins=0)
+        small_record().reliability([0.5, 0.5], bins=0)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import INF, generator, same_bits
-from support.small import bits_of, by_hand, images, loader, net
-from test_fast_exit import fitted as by_fast_exits
-from test_record import random_record
+from support.fast_exits import fitted as by_fast_exits
+from support.networks import bits_of, images, loader, net, net_in_stages
+from support.records import random_record
+from support.tensors import INF, generator, same_bits
 from tqdm import tqdm
 
 from e2cm_ext import Costs, EarlyExit, Record, fast_exit
@@ -305,7 +305,7 @@ def test_a_network_with_some_of_its_exits(tmp_path):
 
 
 def test_stages_by_hand_are_joined_too(tmp_path):
-    stages = by_hand()
+    stages = net_in_stages()
     few = EarlyExit(stages, images(1)).fit(loader(), progress=False).at_exits(["far"])
     few.thresholds = 0.3
     few.save(tmp_path / "few")

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import textwrap
 import time
 from math import inf
@@ -18,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from sklearn.datasets import load_digits
+from support.subprocesses import run_python, start_python
 
 import e2cm_ext as e2cm
 from e2cm_ext.cli import main, model_loader
@@ -104,12 +102,8 @@ def error(code, *arguments, **rest):
     return found.stderr
 
 
-def start(*arguments, **rest):
-    code = "from e2cm_ext.cli import main; main()"
-    words = [sys.executable, "-c", code, *map(str, arguments)]
-    # Not where there is a checkout, which would be imported.
-    rest.setdefault("cwd", tempfile.gettempdir())
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **rest)
+def start(*arguments):
+    return start_python("-c", "from e2cm_ext.cli import main; main()", *arguments)
 
 
 # ---- what it answers ------------------------------------------------------------------------------------------------
@@ -150,7 +144,7 @@ def test_evaluate_agrees_with_the_package(folder):
     assert found["network_accuracy"] == right / 300
 
 
-def test_evaluate_for_people(folder):
+def test_evaluate_prints_a_table(folder):
     found = run("evaluate", folder / "net.e2cm", *what(folder))
     assert "400 samples" in found.stdout and "the network alone" in found.stdout and "█" in found.stdout
 
@@ -189,7 +183,7 @@ def test_fit_on_one_split_and_calibrate_on_another(folder, tmp_path):
     assert found["exits"][0]["head"] == "class_means" and found["point"] is None
 
 
-def test_curve(folder, tmp_path):
+def test_curve_gives_points_and_a_picture(folder, tmp_path):
     picture = tmp_path / "curve.svg"
     found = answer("curve", folder / "net.e2cm", *what(folder), "--method", "paper", "--picture", picture)
     assert found["samples"] == 200  # the other half found the thresholds
@@ -210,7 +204,7 @@ def test_profile_and_bench(folder, tmp_path):
         assert run(command, folder / "net.e2cm", *what(folder), "-b", 2).exit_code == 0
 
 
-def test_info(folder):
+def test_info_shows_the_build_and_a_file(folder):
     assert answer("info")["build"]["version"] == e2cm.__version__
     found = run("info", folder / "net.e2cm")
     assert "threshold" in found.stdout and "whitened_means" in found.stdout
@@ -376,7 +370,9 @@ def test_warnings_are_lines_too(folder, tmp_path):
 # ---- as it is run ---------------------------------------------------------------------------------------------------
 
 
-def test_as_a_program(folder):
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_results_go_to_stdout_and_errors_to_stderr(folder):
     good = start("evaluate", folder / "net.e2cm", *what(folder), "--json")
     bad = start("evaluate", folder / "nothing.e2cm")
     out, err = good.communicate(timeout=600)
@@ -401,6 +397,8 @@ SLOW = """
 """
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_interrupted_nothing_is_written(folder, tmp_path):
     (folder / "slow.py").write_text(textwrap.dedent(SLOW))
     old = (folder / "net.e2cm").read_bytes()
@@ -418,18 +416,17 @@ def test_interrupted_nothing_is_written(folder, tmp_path):
     assert os.listdir(tmp_path) == ["old.e2cm"] and (tmp_path / "old.e2cm").read_bytes() == old
 
 
-def test_it_is_a_module_to_run_too(tmp_path):
-    words = [sys.executable, "-m", "e2cm_ext", "--help"]
-    ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)  # not in a checkout that is not built
+@pytest.mark.subprocess
+def test_it_is_a_module_to_run_too():
+    ran = run_python("-m", "e2cm_ext", "--help")
     assert ran.stdout.startswith("Usage: e2cm "), ran.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_a_full_disk_is_one_line(folder):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with open("/dev/full", "w") as full:
-        program = subprocess.run(
-            [sys.executable, "-m", "e2cm_ext", "info"],
-            stdout=full, stderr=subprocess.PIPE, text=True, cwd=folder,
-        )  # fmt: skip
+        program = run_python("-m", "e2cm_ext", "info", check=False, stdout=full)
     assert program.returncode != 0 and "Traceback" not in program.stderr

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from click.testing import CliRunner
 
 from e2cm_ext.cli import demo, main
 
 
+@pytest.mark.slow
 def test_the_small_demo_runs(tmp_path):
     out = tmp_path / "demo.html"
     found = CliRunner().invoke(main, ["demo", "--small", "-q", "--json", "-o", str(out)])

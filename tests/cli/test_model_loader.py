@@ -10,6 +10,8 @@ from torch import nn
 from e2cm_ext import data
 from e2cm_ext.cli import model_loader
 
+pytestmark = pytest.mark.vision
+
 
 def test_of_torchvision_and_of_timm():
     model, prepared = model_loader.load("torchvision/resnet18", "random", 3)

@@ -2,7 +2,6 @@
 
 import re
 import struct
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, generator, same_bits
+from support.subprocesses import run_python
+from support.tensors import INF, NAN, generator, same_bits
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -81,7 +81,7 @@ def test_normalisation_per_channel():
     assert_close(Arrays(x, y, normalise=COLOUR)[2][0], by_numpy(x, COLOUR)[2])
 
 
-def test_the_bits_of_the_usual_steps():
+def test_images_have_the_bits_of_division_and_normalisation():
     x, y = pictures(5, 6, 5, 3)
     (images, _), *_ = Batches(Arrays(x, y, normalise=COLOUR))
     usual = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
@@ -163,7 +163,7 @@ def test_the_order_is_the_same_every_time():
     assert numbers(Batches(numbered(50))) == list(range(50))
 
 
-def test_parts():
+def test_a_part_of_the_images_may_be_chosen():
     arrays = numbered(50)
     assert numbers(Batches(arrays, part=slice(5))) == [0, 1, 2, 3, 4]
     assert numbers(Batches(arrays, part=slice(40, None, 3))) == [40, 43, 46, 49]
@@ -316,7 +316,7 @@ def test_sizes_that_are_none(size):
 # ---- .npz --------------------------------------------------------------------------------------------------------
 
 
-def test_npz(colour_file):
+def test_images_of_an_npz_file(colour_file):
     for name, count, seed in (("train", 20, 0), ("test", 7, 1)):
         x, y = pictures(count, 6, 5, 3, seed=seed)
         loader = load(str(colour_file), split=name, normalise=COLOUR, batch_size=8)
@@ -481,7 +481,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_folder(torchvision, folder):
+@pytest.mark.vision
+def test_images_of_a_folder(torchvision, folder):
     x = np.concatenate([pictures(3, 6, 5, 3, seed=10 * k + 3)[0] for k in range(3)])
     loader = load(folder, normalise=COLOUR, batch_size=4)
     assert (len(loader), len(loader.dataset), loader.classes) == (3, 9, ("ant", "bee", "cat"))
@@ -499,6 +500,7 @@ def test_folder(torchvision, folder):
     assert [len(part.dataset) for part in split(loader, [6, 3])] == [6, 3]
 
 
+@pytest.mark.vision
 def test_the_same_image_from_a_folder_and_from_an_array(torchvision, folder):
     x = np.concatenate([pictures(3, 6, 5, 3, seed=10 * k + 3)[0] for k in range(3)])
     images, _ = all_of(load(folder, normalise=COLOUR, size=4))
@@ -509,6 +511,7 @@ def test_the_same_image_from_a_folder_and_from_an_array(torchvision, folder):
     assert same_bits(all_of(load(folder, transform=usual))[0], all_of(load(folder, normalise=COLOUR))[0])
 
 
+@pytest.mark.vision
 def test_folder_read_by_workers(torchvision, folder):
     expected = all_of(load(folder, normalise=COLOUR, batch_size=4))
     got = all_of(load(folder, normalise=COLOUR, batch_size=4, workers=1))
@@ -516,6 +519,7 @@ def test_folder_read_by_workers(torchvision, folder):
     assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.vision
 def test_folders_that_are_refused(torchvision, folder):
     image = pytest.importorskip("PIL.Image")
     with pytest.raises(ValueError, match=r"has no folder 'test'; it has train, val\. split=None reads it whole"):
@@ -544,6 +548,7 @@ def write_mnist(root, x, y, stem, name="MNIST"):
     (raw / f"{stem}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, len(y)) + y.astype(np.uint8).tobytes())
 
 
+@pytest.mark.vision
 @pytest.mark.parametrize("name", ["MNIST", "mnist", "FashionMNIST", "kmnist"])
 def test_torchvision_data_set_by_name(torchvision, tmp_path, monkeypatch, name):
     folder = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "kmnist": "KMNIST"}[name.lower()]
@@ -568,6 +573,7 @@ def test_torchvision_data_set_by_name(torchvision, tmp_path, monkeypatch, name):
         load(name, split="val", root=tmp_path, normalise=None)
 
 
+@pytest.mark.vision
 def test_torchvision_arrays_of_other_forms(torchvision, tmp_path, monkeypatch):
     x, y = pictures(12, 6, 5, 3)
 
@@ -597,6 +603,7 @@ def test_torchvision_arrays_of_other_forms(torchvision, tmp_path, monkeypatch):
         asked.clear()
 
 
+@pytest.mark.vision
 def test_torchvision_data_set_read_image_by_image(torchvision, tmp_path):
     image = pytest.importorskip("PIL.Image")
     x, _ = pictures(4, 6, 5, 3)
@@ -611,6 +618,7 @@ def test_torchvision_data_set_read_image_by_image(torchvision, tmp_path):
         load("EuroSAT", split="test", root=tmp_path, normalise=None)
 
 
+@pytest.mark.vision
 def test_nothing_is_downloaded_unasked(torchvision, tmp_path):
     for name in ("CIFAR10", "MNIST", "SVHN", "Semeion"):
         with pytest.raises(RuntimeError, match="download=True"):
@@ -618,6 +626,7 @@ def test_nothing_is_downloaded_unasked(torchvision, tmp_path):
     assert not list(tmp_path.glob("**/*.*"))
 
 
+@pytest.mark.vision
 def test_transform_of_real_models(torchvision):
     from support.vision import timm
 
@@ -631,6 +640,8 @@ def test_transform_of_real_models(torchvision):
     assert images.shape == (2, *model.pretrained_cfg["input_size"])
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_without_torchvision_the_way_out_is_named(tmp_path):
     """In a process of its own, where importing torchvision fails; arrays work there."""
     np.savez(tmp_path / "x.npz", x_train=GOOD_X, y_train=GOOD_Y)
@@ -646,7 +657,7 @@ for source in ("MNIST", {str(tmp_path / "folder")!r}):
     except ImportError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = run_python("-c", code)
     assert len(re.findall(r"needs torchvision: pip install 'e2cm_ext\[vision\]'", done.stdout)) == 2
 
 

@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from support.helpers import generator
-from support.small import digits, trained
-from test_fast_exit import ByHand
+from support.fast_exits import NetWithExits
+from support.networks import digits, trained
+from support.tensors import generator
 
 from e2cm_ext import EarlyExit, fast_exit
 from e2cm_ext.data.overlap import FittedImages, image_hashes
@@ -49,7 +49,7 @@ def test_samples_that_the_exits_were_fitted_on(which):
     if which == "EarlyExit":
         calibrate = EarlyExit(trained(), fit_on[0][0][:1]).fit(fit_on, progress=False).calibrate
     else:
-        model = ByHand(trained()).eval()
+        model = NetWithExits(trained()).eval()
         fast_exit.fit(model, fit_on, progress=False)
         calibrate = lambda *a, **k: fast_exit.calibrate(model, *a, **k)  # noqa: E731
     with warnings.catch_warnings(action="error"):

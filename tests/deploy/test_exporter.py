@@ -4,11 +4,8 @@ import hashlib
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,14 +14,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, generator
-from support.small import CLASSES, SHAPE, Scripted, by_hand, loader, net, samples
+from support.networks import CLASSES, SHAPE, Scripted, loader, net, net_in_stages, samples
+from support.packages import network, noisy
+from support.subprocesses import run_python
+from support.tensors import INF, NAN, generator
 
 import e2cm_ext as e2cm
 from e2cm_ext import deploy, runner
 from e2cm_ext.deploy.export_modules import Answer, Features, logits_of
 from e2cm_ext.methods.sdn import MostConfident
 from e2cm_ext.ops import reference
+
+pytestmark = pytest.mark.export
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs onnx, onnxscript and onnxruntime: the extra `onnx`")
@@ -120,24 +121,6 @@ def test_a_maximum_alone_does_not_hide_an_infinity():
 
 
 # ---- packages that answer ------------------------------------------------------------------------------------------
-
-
-def noisy(images):
-    """So much that exits are not sure of all."""
-    return images + 3 * torch.randn(images.shape, generator=generator(11))
-
-
-COOLED = partial(e2cm.WhitenedMeans, temperature=100)  # float32 tells all certainties apart, far from the data, too
-
-
-def network(head=COOLED, rule="confidence"):
-    """With the second exit off, and the others such that noisy samples leave at each of them and behind them."""
-    ee = e2cm.EarlyExit(net(), torch.zeros(1, *SHAPE), head=head, rule=rule).fit(loader(300), progress=False)
-    held_out = [(noisy(x), y) for x, y in loader(200, seed=1)]
-    certainty = ee.record(held_out, progress=False).confidence
-    limits = [float(certainty[:, j].quantile(q)) for j, q in ((0, 0.7), (2, 0.6), (3, 0.6))]
-    ee.thresholds = [limits[0], INF, *limits[1:]]
-    return ee
 
 
 @dataclass
@@ -269,6 +252,8 @@ def test_export_leaves_the_network_as_it_is(packed):
     assert not any(module.training for module in ee.modules())
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @needs_onnx
 def test_the_runner_needs_no_torch(packed, tmp_path):
     """As a file of its own, in a process that cannot import torch."""
@@ -283,11 +268,12 @@ def test_the_runner_needs_no_torch(packed, tmp_path):
         f"answers = OnnxCascade.load({str(made.path)!r}, threads=1).predict(np.load('images.npy'))\n"
         "np.savez('answers.npz', **answers._asdict())\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, timeout=300)
+    run_python("-c", script, cwd=tmp_path)
     found = np.load(tmp_path / "answers.npz")
     agree([found[name] for name in runner.Answers._fields], made.ee.predict(torch.from_numpy(images)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_compiled_programs_answer_as_the_network_does(tmp_path):
     first = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, stride=2), torch.nn.ReLU())
@@ -329,7 +315,7 @@ def test_networks_in_16_bits(tmp_path):
 
 @pytest.mark.parametrize("rule", ["entropy", Margin()])
 def test_other_rules_heads_and_stages_by_hand(rule, tmp_path):
-    ee = e2cm.EarlyExit(by_hand(), torch.zeros(1, *SHAPE), head="pooled_means", rule=rule)
+    ee = e2cm.EarlyExit(net_in_stages(), torch.zeros(1, *SHAPE), head="pooled_means", rule=rule)
     ee.fit(loader(200), progress=False)
     ee.thresholds = ee.record(loader(200, seed=1), progress=False).confidence[:, :2].quantile(0.5, 0)
     ee.export(tmp_path / "p.zip", "torch", progress=False)

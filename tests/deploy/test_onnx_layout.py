@@ -6,13 +6,15 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from support.helpers import INF, NAN, generator
-from support.small import SHAPE, Net, loader
+from support.networks import SHAPE, Net, loader
+from support.tensors import INF, NAN, generator
 from torch import nn
 
 import e2cm_ext as e2cm
 from e2cm_ext.deploy.export_modules import ends_in_relu
 from e2cm_ext.runner import OnnxCascade
+
+pytestmark = pytest.mark.export
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs onnx, onnxscript and onnxruntime: the extra `onnx`")

@@ -82,7 +82,9 @@ def test_there_are_blocks():
     assert {kind for _, kind in kinds} <= {"python", "bash"} | NOT_CODE, kinds
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON)
+@pytest.mark.parametrize(
+    "page", [page if page == README.name else pytest.param(page, marks=pytest.mark.slow) for page in WITH_PYTHON]
+)
 def test_python_blocks_run(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")
@@ -97,6 +99,7 @@ def test_python_blocks_run(page, capsys, tmp_path, monkeypatch):
         assert "left" in capsys.readouterr().out  # samples left early
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_examples_run(example, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -188,6 +191,7 @@ def cifar10_resnet(depth):
 """
 
 
+@pytest.mark.slow
 def test_the_tour_of_the_command_line(tmp_path, monkeypatch):
     digits = load_digits()
     images = (np.kron(digits.images, np.ones((1, 2, 2))) * 15).astype(np.uint8)[..., None].repeat(3, 3)
@@ -211,6 +215,8 @@ def test_the_tour_of_the_command_line(tmp_path, monkeypatch):
     assert "accuracy" in said and (tmp_path / "resnet56.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_every_other_block_is_run_by_ci():
     """.ci/run takes them out of the pages by their first words, see `readme` there. Benches take their time: of these
     only the options are looked at, here."""

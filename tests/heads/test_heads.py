@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
-from support.helpers import FORMATS, INF, NAN, assert_same_decisions, generator, same_bits, sentinels, shuffled_ids
+from support.distributed import heads_of_two_processes
+from support.tensors import FORMATS, INF, NAN, assert_same_decisions, generator, same_bits, sentinels, shuffled_ids
 from torch import nn
 
 from e2cm_ext import Decisions, ops
@@ -216,7 +217,7 @@ def test_a_class_without_samples_is_never_predicted(passes, make):
     assert_close(head.center, without.center)
 
 
-def test_features_that_say_nothing_let_nobody_go():
+def test_no_sample_leaves_when_features_do_not_tell_classes_apart():
     head = fit(ClassMeans(2, (3,)), (torch.zeros(4, 3), torch.tensor([0, 0, 1, 1])))
     assert head.scale.tolist() == [0, 0]
     assert head(torch.zeros(2, 3)).isnan().all()
@@ -234,7 +235,7 @@ def test_no_sample_at_all():
     assert not head.fitted
 
 
-def test_an_unfitted_head_lets_nobody_go():
+def test_no_sample_leaves_at_an_unfitted_head():
     x, _ = problem()
     for head in (ClassMeans(6, (3, 4, 5)), PooledMeans(6, (3, 4, 5))):
         assert not head.fitted
@@ -405,39 +406,16 @@ def test_what_cannot_be_merged():
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
-def one_process(rank, file, x, labels, last, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    results = []
-    for share in ([40, 50], [0, 90]):  # the second time, process 0 has nothing at all
-        start = sum(share[:rank])
-        mine = slice(start, start + share[rank])
-        for make in (ClassMeans, functools.partial(ClassMeans, passes=1), PooledMeans, LinearHead):
-            head = make(6, (3, 4, 5))
-            for pass_index in range(head.passes):
-                if share[rank]:
-                    some = x[mine].contiguous(memory_format=torch.channels_last) if last[rank] else x[mine]
-                    head.update(some, labels[mine], pass_index)
-                head.finish(pass_index)
-            results.append({name: t.numpy().copy() for name, t in head.state_dict().items()})
-    queue.put((rank, results))
-    torch.distributed.destroy_process_group()
-
-
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_two_processes_learn_what_one_does(tmp_path):
     x, labels = problem()
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    arguments = (str(tmp_path / "meeting"), x, labels, (False, True), queue)
-    processes = [context.Process(target=one_process, args=(rank, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    makes = (ClassMeans, functools.partial(ClassMeans, passes=1), PooledMeans, LinearHead) * 2
-    for make, *found in zip(makes, *results.values(), strict=True):
+    heads = (ClassMeans, functools.partial(ClassMeans, passes=1), PooledMeans, LinearHead)
+    makes = [functools.partial(make, 6, (3, 4, 5)) for make in heads]
+    shares = (40, 0)  # the second time, process 0 has nothing at all
+    results = heads_of_two_processes(makes, x, labels, shares, tmp_path, channels_last=(False, True))
+    for make, *found in zip(heads * 2, *results, strict=True):
         expected = fit(make(6, (3, 4, 5)), (x, labels)).state_dict()
         for state in found:
             assert state.keys() == expected.keys()
@@ -582,7 +560,7 @@ def test_to_another_device():
 
 
 @pytest.mark.parametrize("number", range(4), ids=HEAD_REGISTRY)
-def test_compiled(number):
+def test_a_compiled_head_gives_the_same_answers(number):
     torch.compiler.reset()
     head = some_heads()[number]
     x, _ = problem(seed=1)
@@ -687,7 +665,7 @@ RULES = [as_rule("confidence"), as_rule("entropy"), Margin()]
 @pytest.mark.parametrize("number", range(4), ids=HEAD_REGISTRY)
 @pytest.mark.parametrize("the_rule", RULES, ids=lambda r: r.name)
 @pytest.mark.parametrize("last", [False, True])
-def test_a_step_lets_go_who_is_sure(number, the_rule, last):
+def test_a_step_takes_out_the_samples_that_are_sure(number, the_rule, last):
     head = some_heads()[number]
     x, _ = problem(seed=2)
     x[[3, 50]] = NAN
@@ -768,7 +746,7 @@ def test_no_samples_are_an_answer_too():
 # ---- costs -------------------------------------------------------------------------------------------------------
 
 
-def test_flops():
+def test_flops_of_heads_by_hand():
     assert ClassMeans(10, (64, 8, 8)).flops() == 10 * (3 * 4096 - 1)
     assert PooledMeans(10, (64,)).flops() == 10 * (3 * 64 - 1)
     assert PooledMeans(10, (64, 8, 8)).flops() == 64 * 64 + 10 * (3 * 64 - 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from scipy.stats import entropy
-from support.helpers import INF, NAN, clusters, generator
+from support.tensors import INF, NAN, clusters, generator
 
 from e2cm_ext import Decisions, ops
 from e2cm_ext.heads.rules import Confidence, Entropy, Rule, as_rule
@@ -61,7 +61,7 @@ def test_a_certainty_above_the_threshold_is_what_makes_the_ops_let_go(name):
         assert torch.equal(out.exit >= 0, certainty > threshold)
 
 
-def test_limits():
+def test_a_limit_is_the_threshold_in_units_of_certainty():
     assert as_rule("confidence").limit(0.7) == 0.7
     assert as_rule("entropy").limit(-0.7) == 0.7
     assert as_rule("entropy").limit(INF) == -INF

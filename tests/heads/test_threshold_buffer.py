@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.helpers import INF, NAN
+from support.tensors import INF, NAN
 from torch import nn
 
 from e2cm_ext.heads.threshold_buffer import ThresholdModule

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.covariance import oas as their_oas
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from support.helpers import (
+from support.distributed import heads_of_two_processes
+from support.tensors import (
     INF,
     NAN,
     assert_survivors,
@@ -367,7 +369,7 @@ def test_statistics_that_are_sums_of_others(shrinkage):
     assert head(fresh).isfinite().all()
 
 
-def test_an_unfitted_head_lets_nobody_go():
+def test_no_sample_leaves_at_an_unfitted_head():
     x, _ = problem(9)
     head = head_of(x)
     assert not head.fitted
@@ -503,34 +505,15 @@ def test_what_cannot_be_merged():
             head.merge(other)
 
 
-def one_process(rank, file, x, labels, queue):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    results = []
-    for first in (150, 0):  # the second time, process 0 has nothing at all
-        mine = slice(0, first) if rank == 0 else slice(first, None)
-        head = head_of(x, statistics=STATISTICS)
-        if len(x[mine]):
-            head.update(x[mine], labels[mine], 0)
-        head.finish(0)
-        results.append({name: t.numpy().copy() for name, t in head.state_dict().items()})
-    queue.put((rank, results))
-    torch.distributed.destroy_process_group()
-
-
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_two_processes_learn_what_one_does(tmp_path):
     x, labels = problem(offset=3.0)
     labels = labels.sort().values  # the processes have seen other classes
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    arguments = (str(tmp_path / "meeting"), x, labels, queue)
-    processes = [context.Process(target=one_process, args=(rank, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    make = partial(WhitenedMeans, 4, x.shape[1:], mean_shrinkage=0.0, temperature=1.0, statistics=STATISTICS)
+    shares = (150, 0)  # the second time, process 0 has nothing at all
+    results = heads_of_two_processes([make], x, labels, shares, tmp_path)
     expected = fit(head_of(x, statistics=STATISTICS), (x, labels))
     for one, other in zip(results[0], results[1], strict=True):
         assert one.keys() == other.keys() == expected.state_dict().keys()
@@ -598,7 +581,7 @@ def test_a_step_is_forward_and_the_rule(the_rule, last, statistics):
         assert_close(certainty.nan_to_num(), -entropy_of(log_probs).nan_to_num(), 1e-4)
 
 
-def test_an_answer_depends_on_nobody_else():
+def test_an_answer_does_not_depend_on_the_batch():
     x, labels = problem()
     head = fit(head_of(x), (x, labels))
     together = head(x)
@@ -606,7 +589,7 @@ def test_an_answer_depends_on_nobody_else():
     assert head(x[:0]).shape == (0, 4)
 
 
-def test_flops():
+def test_flops_by_hand():
     assert WhitenedMeans(10, SHAPE, statistics=STATISTICS).flops() == (1 + 2 + 1 + 2 * 3) * 210 + 2 * 10 * 66
     assert WhitenedMeans(10, (64,)).flops() == 64 + 2 * 10 * 64
 
@@ -663,7 +646,7 @@ def test_to_another_device():
     assert head.to_empty(device="cpu").weight.dtype is torch.float32
 
 
-def test_compiled():
+def test_a_compiled_head_gives_the_same_answers():
     torch.compiler.reset()
     x, labels = problem()
     head = fit(head_of(x), (x, labels))

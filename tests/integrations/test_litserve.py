@@ -8,17 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.helpers import NAN
-from support.small import SHAPE, samples
-from test_exporter import network, noisy
+from support.networks import SHAPE, samples
+from support.packages import network, noisy
+from support.tensors import NAN
 
 sys.path.append(str(Path(__file__).parents[2]))  # at the end: e2cm_ext is the installed one
 from bench import clients
 
-pytestmark = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("litserve", "prometheus_client")),
-    reason="needs litserve and prometheus-client: the extra `serve`",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in ("litserve", "prometheus_client")),
+        reason="needs litserve and prometheus-client: the extra `serve`",
+    ),
+    pytest.mark.serving,
+    pytest.mark.subprocess,
+]
 CLIENTS, REQUESTS, EVERY = 16, 1000, 10
 
 
@@ -60,6 +64,7 @@ def refused(port, image):
     return cases
 
 
+@pytest.mark.slow
 def test_under_load_what_is_valid_is_answered_and_the_rest_refused(server):
     ee, port = server
     images = noisy(samples(REQUESTS, seed=3)).numpy()

@@ -2,21 +2,23 @@
 
 import importlib.util
 import os
-import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.small import SHAPE, net, samples
-from test_exporter import network, noisy
+from support.networks import SHAPE, net, samples
+from support.packages import network, noisy
+from support.subprocesses import environment
 
 if not importlib.util.find_spec("ray"):
     pytest.skip("needs ray: the extra `ray`", allow_module_level=True)
 
 import ray
+from support import ray_workers
 
 from e2cm_ext.integrations.ray import Predictor
+
+pytestmark = [pytest.mark.serving, pytest.mark.subprocess]
 
 IMAGES, BATCH = 600, 20
 
@@ -28,17 +30,13 @@ def package(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def local_ray(tmp_path_factory):
     # Workers start where the driver is: not in a checkout, which they would import.
     here = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("driver"))
-    # Workers inherit them: they must find this file.
-    mine = {
-        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
-        "OMP_NUM_THREADS": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    # Workers inherit them: they must find tests/support.
+    mine = environment(RAY_USAGE_STATS_ENABLED="0")
     before = {name: os.environ.get(name) for name in mine}
     os.environ.update(mine)
     ray.init(
@@ -60,35 +58,19 @@ def local_ray(tmp_path_factory):
     os.chdir(here)
 
 
-class Killed(Predictor):
-    """A Predictor whose process kills itself, once, when it has the batch with image `at` in hands."""
-
-    def __init__(self, *args, at, marks, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.at, self.marks = at, Path(marks)
-
-    def __call__(self, batch):
-        answers = super().__call__(batch)
-        (self.marks / str(os.getpid())).touch()
-        mark = self.marks / "killed"
-        if self.at in batch["id"] and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return answers
-
-
 def rows_of(answers):
     batches = list(answers.iter_batches(batch_size=None))
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def test_every_image_is_answered_once_though_a_worker_is_killed(package, tmp_path):
+@pytest.mark.slow
+def test_every_image_is_answered_once_though_a_worker_is_killed(package, local_ray, tmp_path):
     images = noisy(samples(IMAGES, seed=3)).numpy()
     expected = network().predict(torch.from_numpy(images))
     found = ray.data.from_items(
         [{"id": i, "image": image} for i, image in enumerate(images)], override_num_blocks=10
     ).map_batches(
-        Killed,
+        ray_workers.Killed,
         fn_constructor_kwargs={"network": str(package), "at": IMAGES // 2, "marks": str(tmp_path), "log_probs": True},
         batch_size=BATCH,
         concurrency=2,

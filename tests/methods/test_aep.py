@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
-from support.helpers import INF
 from support.learned_exits import check_all_ways
-from support.small import Net, all_of, by_hand, digits, images, net
+from support.networks import Net, all_of, digits, images, net, net_in_stages
+from support.tensors import INF
 from torch import nn
 
 from e2cm_ext import EarlyExit, Record
@@ -210,7 +210,7 @@ def test_a_pruned_network_stands_alone(tmp_path):
 
 
 def test_stages_by_hand_can_be_pruned():
-    ee = training.finish(aep.build(by_hand(), images(1)))
+    ee = training.finish(aep.build(net_in_stages(), images(1)))
     pruned, x = aep.prune(ee, record_of(ee, [1, 2, 1])), images(5)
     expected = sums(ee, x, aep.weights("hybrid", 3)[1])[1]
     torch.testing.assert_close(pruned(x).exp().double(), expected, rtol=1e-4, atol=1e-6)
@@ -222,7 +222,7 @@ def test_stages_by_hand_can_be_pruned():
 @pytest.mark.parametrize("joint", [True, False])
 def test_the_loss_of_training_is_the_weighted_one(joint):
     """Nothing is learned at a learning rate of 0; joint, batch normalisation sees the batch."""
-    ee, (x, y) = training.finish(aep.build(by_hand(), images(1))), all_of(digits()[0][:2])
+    ee, (x, y) = training.finish(aep.build(net_in_stages(), images(1))), all_of(digits()[0][:2])
     answers, features = [], x
     with torch.no_grad():
         for stage, head in zip(ee.stages.train(joint), [*ee.heads, None], strict=True):
@@ -236,7 +236,7 @@ def test_the_loss_of_training_is_the_weighted_one(joint):
     assert aep.train(ee, [(x, y)], epochs=1, joint=joint, lr=0.0, progress=False) == pytest.approx([expected])
 
 
-def test_digits(tmp_path):
+def test_training_on_digits_from_random_weights(tmp_path):
     """From random weights, network and exits together: 90% of new digits, at least .7 more than before."""
     fit, held_out, test = digits()
     torch.manual_seed(0)
@@ -260,7 +260,7 @@ def test_digits(tmp_path):
 # ---- what can be wrong -----------------------------------------------------------------------------------------------
 
 
-def test_errors():
+def test_wrong_settings_are_refused():
     ee = random_exits()
     record = record_of(ee, [1, 1, 2, 1, 1])
     with pytest.raises(ValueError, match="`weighting` is 'steep'; wanted one of 'uniform', 'rising'"):
@@ -280,7 +280,7 @@ def test_errors():
         aep.prune(ee, record.part([]))
     with pytest.raises(ValueError, match=r"answer together \(aep\).*at_exits"):
         ee.select(record, 2)
-    other = aep.build(by_hand(), images(1))
+    other = aep.build(net_in_stages(), images(1))
     with pytest.raises(ValueError, match="another network"):
         aep.prune(other, record)
     ee.combination = aep.Ensemble((1, 1), (1, 1))

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from support.helpers import entropy_of, same_bits
 from support.learned_exits import check_all_ways
-from support.small import SHAPE, Net, by_hand, digits, net
+from support.networks import SHAPE, Net, digits, net, net_in_stages
+from support.tensors import entropy_of, same_bits
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +25,7 @@ def learned():
 def test_branches_stand_behind_the_stem_and_at_a_third():
     ee = branchynet.build(net(), torch.zeros(1, *SHAPE))
     assert ee.exit_names == ("stem", "block1")  # .02, and .28 of .28, .70, .98
-    assert branchynet.build(by_hand(), torch.zeros(1, *SHAPE)).exit_names == ("near", "far")
+    assert branchynet.build(net_in_stages(), torch.zeros(1, *SHAPE)).exit_names == ("near", "far")
     assert ee.rule.name == "entropy"
     assert branchynet.build(net(), torch.zeros(1, *SHAPE), exits=["block2"]).exit_names == ("block2",)
 
@@ -97,7 +97,7 @@ def test_a_sample_leaves_where_the_entropy_is_low(learned):
     ee.thresholds = math.inf
 
 
-def test_all_ways(learned, tmp_path):
+def test_all_ways_to_run_the_network_agree(learned, tmp_path):
     ee, _ = learned
     check_all_ways(ee, digits()[1], tmp_path / "ee", flops=0.9)
     ee.thresholds = math.inf

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, generator
 from support.learned_exits import check_all_ways
-from support.small import all_of, bits_of, by_hand, digits, images, loader, net, trained
+from support.networks import all_of, bits_of, digits, images, loader, net, net_in_stages, trained
+from support.tensors import INF, NAN, generator
 
 from e2cm_ext import EarlyExit, Record
 from e2cm_ext.methods import bwds, training
@@ -57,7 +57,7 @@ def test_what_is_behind_has_been_decided_already():
     assert [each.tolist() for each in left] == [[False, False, True], [True, False, True]]
 
 
-def test_who_has_stayed_at_a_lower_price_stays():
+def test_a_sample_that_stays_at_a_lower_price_stays_at_a_higher_one():
     """Whatever the decision says now: the second sample goes on at exit 1, to the end."""
     seen = []
 
@@ -82,12 +82,13 @@ def worth(policy, cells, losses, costs, price):
     return total / len(losses)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(NUMBERS)
 def test_the_best_of_all_policies_is_found_at_every_price(seed):
-    """What an exit sees is the cell that a sample lies in, and later cells are parts of earlier ones: then nobody who
-    decides backward could do better by looking ahead. There are 2^(2+4) policies of two exits. That whoever stays at a
-    price stays at higher ones costs nothing, either."""
+    """An exit sees the cell that a sample lies in, and later cells are parts of earlier ones: then no policy is better
+    than the one that is decided backward. There are 2^(2+4) policies of two exits. That a sample which stays at a price
+    stays at higher ones costs nothing, either."""
     g = generator(seed)
     fine = torch.randint(4, (40,), generator=g)
     cells = [(fine // 2).tolist(), fine.tolist()]
@@ -173,7 +174,8 @@ def untrained(inputs: str = "scores") -> EarlyExit:
     return training.finish(bwds.build(model, digits()[0][0][0][:1], exits="blocks", prices=PRICES, inputs=inputs))
 
 
-def test_digits(tmp_path):
+@pytest.mark.slow
+def test_training_on_digits_raises_accuracy_and_leaves_the_network(tmp_path):
     """At half of the FLOPs more than 85% of new digits, at least .2 more than before; and no bit of the network has
     changed."""
     fit, held_out, test = digits()
@@ -200,10 +202,11 @@ def test_digits(tmp_path):
     check_all_ways(ee, test, tmp_path / "bwds.e2cm", flops=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", ["scores", "features"])
 def test_decisions_are_better_than_any_that_are_the_same_for_all(inputs):
-    """On the samples that they were learned on: than the best single exit for everybody; at any one price they may lose
-    a hundredth to it, since a logistic loss is not what is counted."""
+    """On the samples that they were learned on: than the best single exit for all samples; at any one price they may
+    lose a hundredth to it, since a logistic loss is not what is counted."""
     ee, (x, y) = untrained(inputs), all_of(digits()[0])
     training.run(
         training.ExitHeads(ee),
@@ -248,7 +251,7 @@ def test_every_process_decides_from_the_samples_of_all(monkeypatch):
 
 def test_the_curve_is_that_of_the_prices_and_no_other():
     """Certainties between 1 and 8 at two exits: with the prices 1, 2 and 4 there are five policies."""
-    ee = training.finish(bwds.build(by_hand(), images(1), exits="all", prices=(1, 2, 4)))
+    ee = training.finish(bwds.build(net_in_stages(), images(1), exits="all", prices=(1, 2, 4)))
     g = generator(3)
     certainty = torch.tensor([1.0, 2, 4, 8])[torch.randint(4, (200, 3), generator=g)]
     prediction = (torch.rand(200, 3, generator=g) < torch.tensor([0.7, 0.5, 0.1])).long()
@@ -265,7 +268,7 @@ def test_the_curve_is_that_of_the_prices_and_no_other():
     assert min(f for f, _ in possible) == pytest.approx(float(curve.flops[0]))
 
 
-def test_errors():
+def test_wrong_settings_are_refused():
     for prices in ((), (0.0, 1.0), (2.0, 1.0), (1.0, 1.0), (1.0, INF)):
         with pytest.raises(ValueError, match="wanted rising numbers above 0"):
             bwds.Decider(3, (4,), prices=prices)

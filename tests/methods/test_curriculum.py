@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from support.helpers import generator
-from support.small import CLASSES, SHAPE, digits, trained
+from support.networks import CLASSES, SHAPE, digits, trained
+from support.tensors import generator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -115,7 +115,7 @@ class Line(nn.Module):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_transfer_score_is_minus_the_margin(classes):
-    """Clusters on a line: who is near another class is difficult, who is beyond it is more so."""
+    """Clusters on a line: a sample near another class is difficult, one beyond it is more so."""
     pytest.importorskip("sklearn")
     g = generator(0)
     labels = torch.arange(240) % classes

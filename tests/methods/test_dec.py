@@ -1,4 +1,4 @@
-"""DEC with early exits: formulas, what learns and what does not, when it ends, and digits that nobody has labelled."""
+"""DEC with early exits: formulas, what learns and what does not, when it ends, and digits without labels."""
 
 import functools
 import math
@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.helpers import generator, same_bits
-from support.small import digits
+from support.networks import digits
+from support.tensors import generator, same_bits
 from torch import nn
 from torch.nn import functional as F
 
@@ -288,6 +288,7 @@ def accuracy(ee, unseen):
     return scores(ee.predict(x).prediction, y).accuracy
 
 
+@pytest.mark.slow
 def test_digits_fall_into_their_classes(of_digits):
     """How well they do depends on where pretraining ends, and that on how a machine rounds: the best of three runs."""
     ee, _, unseen = of_digits

@@ -1,19 +1,16 @@
 """EENets: the recursion by hand and against independent stops, placement, gates, and training."""
 
 import math
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import generator
 from support.learned_exits import check_all_ways
-from support.small import Net, bits_of, digits, images, loader, net, trained
+from support.networks import Net, bits_of, digits, images, loader, net, trained
+from support.subprocesses import torchrun
+from support.tensors import generator
 
 from e2cm_ext import EarlyExit
 from e2cm_ext.methods import eenets, training
@@ -225,7 +222,8 @@ def test_training_uses_these_losses():
     assert ee.thresholds.tolist() == [0.5, 0.5]
 
 
-def test_digits(tmp_path):
+@pytest.mark.slow
+def test_training_on_digits_from_random_weights(tmp_path):
     """From random weights, network and exits together, in two stages: 90% of new digits, at least .7 more than before,
     for less than .8 of the FLOPs."""
     fit, _, test = digits()
@@ -254,17 +252,16 @@ def test_exits_of_a_finished_network():
     assert float(ee.record(test, progress=False).accuracy[0]) > untrained + 0.4
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_two_processes_may_leave_the_gates_for_later(tmp_path):
     """In the first stage nothing is learned about the gates, which processes that add up gradients must be told."""
-    script = tmp_path / "job.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import sys
-            sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
+    script = textwrap.dedent(
+        f"""
             import torch
             import torch.distributed as dist
-            from support.small import images, loader, net
+            from support.networks import images, loader, net
             from e2cm_ext.methods import eenets, training
             dist.init_process_group("gloo")
             torch.set_num_threads(1)
@@ -279,13 +276,8 @@ def test_two_processes_may_leave_the_gates_for_later(tmp_path):
             torch.save([untouched, start, ee.heads.state_dict()], {str(tmp_path)!r} + f"/end{{own}}")
             dist.destroy_process_group()
             """
-        )
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(
-        command, env=dict(os.environ, OMP_NUM_THREADS="1"), cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(script, tmp_path)
     (untouched, start, end), (_, _, other) = (torch.load(tmp_path / f"end{own}", weights_only=True) for own in (0, 1))
     assert untouched
     # The heads' extra states say that they are trained.
@@ -293,7 +285,7 @@ def test_two_processes_may_leave_the_gates_for_later(tmp_path):
     assert not torch.equal(end["0.confidence.weight"], start["0.confidence.weight"])
 
 
-def test_errors():
+def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="`placement` is 'golder'; wanted one of 'linear', 'pareto', 'fine', 'golden'"):
         eenets.build(net(), images(1), placement="golder")
     with pytest.raises(ValueError, match="`exits` is 0; wanted at least 1"):

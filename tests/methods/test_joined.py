@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
-from support.helpers import same_bits
 from support.learned_exits import check_all_ways
-from support.small import SHAPE, all_of, digits, trained
+from support.networks import SHAPE, all_of, digits, trained
+from support.tensors import same_bits
 
 import e2cm_ext as e2cm
 from e2cm_ext.methods import joined, sdn, training
@@ -162,7 +162,7 @@ def test_the_product_is_that_of_the_probabilities(learned, head):
 
 
 @pytest.mark.parametrize("way", ["voting", "product"])
-def test_all_ways(learned, tmp_path, way):
+def test_all_ways_to_run_the_network_agree(learned, tmp_path, way):
     ee = joined.join(learned, "whitened_means", multiply=way == "product").fit(digits()[0], progress=False)
     if way == "voting":
         joined.set_limits(ee, [0.2, 0.2, 0.3, 0.3])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import generator, same_bits
 from support.learned_exits import check_all_ways
-from support.small import CLASSES, SHAPE, by_hand, digits, trained
+from support.networks import CLASSES, SHAPE, digits, net_in_stages, trained
+from support.tensors import generator, same_bits
 from torch.nn import functional as F
 
 import e2cm_ext as e2cm
@@ -257,7 +257,7 @@ def test_some_leave_and_the_others_remember_their_own_answers(learned):
     ee.thresholds = math.inf
 
 
-def test_all_ways(learned, tmp_path):
+def test_all_ways_to_run_the_network_agree(learned, tmp_path):
     ee, _ = learned
     check_all_ways(ee, digits()[1], tmp_path / "ee")
     point = ee.calibrate(sdn.curve(ee.record(digits()[1], progress=False)), flops=0.5)
@@ -271,7 +271,7 @@ def test_all_ways(learned, tmp_path):
 
 
 def test_stages_cut_by_hand():
-    ee = sdn.build(by_hand(), torch.zeros(1, *SHAPE), exits=["near", "far"])
+    ee = sdn.build(net_in_stages(), torch.zeros(1, *SHAPE), exits=["near", "far"])
     sdn.train(ee, digits()[0][:2], epochs=1, progress=False)
     assert ee.record(digits()[1], progress=False).exits == 2
 
@@ -280,7 +280,7 @@ def test_stages_cut_by_hand():
 
 
 def test_confusion_by_hand():
-    ee = sdn.build(by_hand(), torch.zeros(1, *SHAPE), exits=["near", "far"])
+    ee = sdn.build(net_in_stages(), torch.zeros(1, *SHAPE), exits=["near", "far"])
     images, labels = digits()[2][0]
     with torch.no_grad():
         near, far, last = (s.double().exp() for s in e2cm.runtime.cascade.scores(ee.stages, ee.heads, images))

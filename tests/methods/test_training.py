@@ -1,19 +1,16 @@
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import same_bits
-from support.small import CLASSES, SHAPE, Net, bits_of, digits, images, trained
+from support.networks import CLASSES, SHAPE, Net, bits_of, digits, images, trained
+from support.subprocesses import start_python, torchrun
+from support.tensors import same_bits
+from support.training import Averages, Shuffled, loss, network, train
 from torch import nn
-from torch.nn import functional as F
 
 import e2cm_ext as e2cm
 from e2cm_ext.methods import training
@@ -22,18 +19,6 @@ from e2cm_ext.methods.training import feature_cache
 from e2cm_ext.methods.training.loop import set_epoch
 
 ALONE = 1e-6  # how far the mean of two processes' gradients may be from the gradient of the whole batch, of weights
-
-
-class Averages(LearnedHead):
-    def __init__(self, num_classes, feature_shape):
-        super().__init__(num_classes, feature_shape)
-        self.linear = nn.Linear(feature_shape[0], num_classes)
-
-    def squeeze(self, x):
-        return x.mean((2, 3))
-
-    def outputs(self, squeezed):
-        return self.linear(squeezed)
 
 
 class Whole(LearnedHead):
@@ -47,54 +32,8 @@ class Whole(LearnedHead):
         return (self.conv(squeezed.sigmoid()).mean((2, 3)), squeezed.mean((1, 2, 3)))
 
 
-def network(head=Averages, model=None):
-    model = trained() if model is None else model  # which may draw numbers of its own
-    with training.seeded(3):
-        return e2cm.EarlyExit(model, torch.zeros(1, *SHAPE), head=head)
-
-
-def loss(outputs, labels, epoch):
-    logits = [out[0] if isinstance(out, tuple) else out for out in outputs]
-    return torch.stack([F.cross_entropy(each, labels) for each in logits]).sum()
-
-
-def train(ee, loader, *, epochs=3, lr=1e-2, module=None, **options):
-    module = module or training.ExitHeads(ee)
-    optimizer = torch.optim.Adam(module.parameters(), lr)
-    prepare = training.identity if isinstance(module, training.Joint) else training.Features(ee)
-    losses = training.run(
-        module,
-        loader,
-        loss,
-        epochs=epochs,
-        optimizer=optimizer,
-        schedule=training.step_decay(optimizer, epochs, (0.5,)),
-        prepare=prepare,
-        progress=False,
-        **options,
-    )
-    training.finish(ee)
-    return losses
-
-
 def same_state(a, b):
     return all(same_bits(x, y) for x, y in zip(bits_of(a).values(), bits_of(b).values(), strict=True))
-
-
-class Shuffled:
-    """As a DataLoader does it: the order, and noise, from torch's default generator."""
-
-    def __init__(self, batches=None, slow=0.0):
-        self.x, self.y = (torch.cat(column) for column in zip(*(batches or digits()[0]), strict=True))
-        self.slow = slow
-
-    def __len__(self):
-        return math.ceil(len(self.y) / 100)
-
-    def __iter__(self):
-        for rows in torch.randperm(len(self.y)).split(100):
-            time.sleep(self.slow)
-            yield self.x[rows] + 0.01 * torch.randn(len(rows), *SHAPE), self.y[rows]
 
 
 # ---- what is trained ------------------------------------------------------------------------------------------------
@@ -227,9 +166,10 @@ class Failing(Shuffled):
             yield batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("after", [3, 9, 14])
-def test_a_run_goes_on_with_the_bits_it_would_have_had(tmp_path, after, joint):
+def test_training_is_resumed_bit_for_bit(tmp_path, after, joint):
     whole, broken = network(), network()
     modules = [training.Joint(ee) if joint else None for ee in (whole, broken)]
     losses = train(whole, Shuffled(), module=modules[0])
@@ -243,30 +183,29 @@ def test_a_run_goes_on_with_the_bits_it_would_have_had(tmp_path, after, joint):
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_a_killed_process_goes_on_with_the_bits_it_would_have_had(tmp_path):
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_training_of_a_killed_process_is_resumed_bit_for_bit(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
         textwrap.dedent(
             f"""
-            import sys
-            sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
             import torch
-            from test_training import Shuffled, network, train
+            from support.training import Shuffled, network, train
             ee = network()
             losses = train(ee, Shuffled(slow=0.02), checkpoint={str(tmp_path / "c")!r}, checkpoint_interval=0)
             torch.save([ee.heads.state_dict(), losses], {str(tmp_path / "end")!r})
             """
         )
     )
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    job = subprocess.Popen([sys.executable, script], env=environment)
+    job = start_python(script)
     try:
         deadline = time.monotonic() + 100
         while not (tmp_path / "c").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:
         job.send_signal(signal.SIGKILL)
-        job.wait()
+        job.communicate()
     assert (tmp_path / "c").exists() and not (tmp_path / "end").exists()
     position = torch.load(tmp_path / "c", weights_only=True)["position"]
     assert position[0] < 3
@@ -387,18 +326,17 @@ def test_epochs_are_announced():
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_two_processes_train_as_one(tmp_path):
     """Each on its half of every batch: the same gradients, up to rounding; and the same weights in both, to the bit."""
-    script = tmp_path / "job.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import sys
-            sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parent)]!r}
+    script = textwrap.dedent(
+        f"""
             import torch
             import torch.distributed as dist
-            from support.small import digits
-            from test_training import network, train
+            from support.networks import digits
+            from support.training import network, train
             from e2cm_ext.methods import training
             dist.init_process_group("gloo")
             torch.set_num_threads(1)
@@ -412,13 +350,8 @@ def test_two_processes_train_as_one(tmp_path):
             torch.save([ee.heads.state_dict(), joint.state_dict()], {str(tmp_path)!r} + f"/end{{own}}")
             dist.destroy_process_group()
             """
-        )
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(
-        command, env=dict(os.environ, OMP_NUM_THREADS="1"), cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(script, tmp_path)
     ends = [torch.load(tmp_path / f"end{own}", weights_only=True) for own in (0, 1)]
     for part in (0, 1):
         learned = {name: value for name, value in ends[0][part].items() if "running" not in name}

@@ -1,19 +1,14 @@
-"""The ops on a GPU: every test of test_ops.py and test_statistics.py, and what only a GPU can get wrong.
+"""What only a GPU can get wrong. The tests of test_ops.py and test_statistics.py run on it too: see conftest.py.
 
-The tests of the CPU run as they are: here their calls take their arguments to the GPU, in the same layout, and bring
-back what has come of it. With E2CM_EMULATED (see conftest.py) "the GPU" is the CPU, and the tests that need a real one
-are skipped.
+With E2CM_EMULATED (see tests/conftest.py) "the GPU" is the CPU, and the tests that need a real one are skipped.
 """
 
-import functools
-import os
 import threading
 
 import pytest
-import test_ops
-import test_statistics
 import torch
-from support.helpers import (
+from support.gpu import DEVICE, EMULATED, HAS_GPU
+from support.tensors import (
     DTYPES,
     INF,
     NAN,
@@ -30,105 +25,12 @@ from e2cm_ext.ops import cuda, reference
 from e2cm_ext.runtime import cascade
 from e2cm_ext.runtime.cuda_graphs import FixedCascade
 
-EMULATED = bool(os.environ.get("E2CM_EMULATED"))
-DEVICE = "cpu" if EMULATED else "cuda"
-if not EMULATED and not torch.cuda.is_available():
+if not HAS_GPU:
     pytest.skip("torch sees no GPU", allow_module_level=True)
 
 pytestmark = pytest.mark.cuda
 real = pytest.mark.skipif(EMULATED, reason="needs a GPU")
 RICH = Statistics(mean=(4, 4), rms=(2, 2), max=(2, 2), pairs=4)
-
-# ---- the tests of the CPU ------------------------------------------------------------------------
-
-OPS = (
-    "statistics",
-    "class_distances",
-    "class_scores",
-    "linear_scores",
-    "exit_step",
-    "linear_step",
-    "decide",
-    "decide_masked",
-    "compact",
-)
-# About the CPU alone: its memory, threads, torch's view of it, or results that are compared with no call in between.
-NOT_HERE = {
-    "test_rows_further_apart_than_2_31_elements",
-    "test_more_than_2_31_elements",
-    "test_the_same_bits_with_any_number_of_threads",
-    "test_off_the_cpu_there_are_shapes",
-    "test_the_fast_and_the_validated_path_agree_on_pairs",
-    "test_pairs_as_operators_and_compiled",
-    "test_lazy_views_of_torch_are_values_like_any_other",
-}
-
-
-def there(value):
-    """The same tensor on the GPU: same strides, same offset from a multiple of 16 bytes."""
-    if isinstance(value, Decisions):
-        return Decisions(*map(there, value))
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
-        return value
-    value = value.detach()
-    if value.layout is not torch.strided or value.is_neg() or value.is_conj() or type(value) is not torch.Tensor:
-        return value
-    storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
-    return storage.to(DEVICE, copy=True).as_strided(value.shape, value.stride(), value.storage_offset())
-
-
-def back(value):
-    if isinstance(value, torch.Tensor):
-        return value.cpu()
-    if isinstance(value, tuple):
-        parts = map(back, value)
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
-
-
-def on_gpu(op):
-    @functools.wraps(op)
-    def call(*arguments, **named):
-        moved = [there(a) for a in arguments]
-        moved_named = {key: there(a) for key, a in named.items()}
-        try:
-            result = op(*moved, **moved_named)
-        finally:
-            for cpu, gone in [*zip(arguments, moved, strict=True), *((named[k], moved_named[k]) for k in named)]:
-                if isinstance(cpu, Decisions):
-                    for column, answered in zip(cpu, gone, strict=True):
-                        if column is not None:
-                            column.copy_(answered)
-        if op.__name__ == "decide_masked":
-            both = ((arguments, named), (moved, moved_named))
-            pending, gone = (a[2] if len(a) > 2 else n["pending"] for a, n in both)
-            pending.copy_(gone)
-        if not isinstance(result, tuple):
-            return back(result)
-        pairs = list(zip([*arguments, *named.values()], [*moved, *moved_named.values()], strict=True))
-        parts = [next((cpu for cpu, gone in pairs if gone is part), None) for part in result]
-        parts = [back(part) if cpu is None else cpu for part, cpu in zip(result, parts, strict=True)]
-        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
-
-    return call
-
-
-@pytest.fixture(autouse=True)
-def _calls_go_to_the_gpu(request, monkeypatch):
-    if request.node.name.startswith("test_here_"):
-        return
-    for name in OPS:
-        monkeypatch.setattr(ops, name, on_gpu(getattr(ops, name)))
-
-
-for module, prefix in ((test_ops, "ops"), (test_statistics, "statistics")):
-    for name, test in list(vars(module).items()):
-        if name.startswith("test_") and name not in NOT_HERE:
-            globals()[f"test_{prefix}_{name.removeprefix('test_')}"] = test
-del test  # which would be taken for one
-
-
-# ---- what only a GPU can get wrong ---------------------------------------------------------------
 
 
 def heads(classes, dim, dtype=torch.float32, rows=64):
@@ -137,7 +39,7 @@ def heads(classes, dim, dtype=torch.float32, rows=64):
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_here_every_run_gives_the_same_bits(classes):
+def test_every_run_gives_the_same_bits(classes):
     x, means, scale, center = heads(classes, 5000, rows=256)
     expected = ops.class_scores(x, means, scale, center)
     for _ in range(20):
@@ -147,7 +49,7 @@ def test_here_every_run_gives_the_same_bits(classes):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
-def test_here_features_may_start_anywhere(dtype, offset):
+def test_features_may_start_anywhere(dtype, offset):
     """Not on a multiple of 16 bytes: the same bits as if they did."""
     for classes in (5, 40):
         x, means, scale, center = heads(classes, 1111, dtype)
@@ -159,7 +61,7 @@ def test_here_features_may_start_anywhere(dtype, offset):
             assert same_bits(a.cpu(), b.cpu())
 
 
-def test_here_a_wrong_id_is_told():
+def test_a_wrong_id_is_told():
     x, means, scale, _ = heads(3, 20, rows=4)
     out = Decisions.empty(4, 3, DEVICE)
     with pytest.raises(IndexError, match="`ids` holds a number that is not a row of `out`"):
@@ -168,7 +70,7 @@ def test_here_a_wrong_id_is_told():
 
 
 @pytest.mark.parametrize("rule", ["confidence", "entropy"])
-def test_here_settle_is_the_reference(rule):
+def test_decide_masked_is_the_reference(rule):
     logits = torch.randn(50, 7, generator=generator(0)).to(DEVICE) * 2
     pending = torch.arange(50, device=DEVICE) % 3 != 0
     ids = torch.randperm(60, generator=generator(1))[:50].to(DEVICE)
@@ -183,7 +85,7 @@ def test_here_settle_is_the_reference(rule):
 
 
 @real
-def test_here_on_another_stream():
+def test_on_another_stream():
     x, means, scale, center = heads(10, 100_000)
     expected = ops.class_scores(x, means, scale, center)
     stream = torch.cuda.Stream()
@@ -200,7 +102,7 @@ def test_here_on_another_stream():
 
 
 @real
-def test_here_the_host_does_not_wait():
+def test_the_host_does_not_wait():
     x, means, scale, center = heads(10, 300)
     maps = torch.randn(8, 16, 8, 8, device=DEVICE)
     weight, bias = torch.randn(10, RICH.size((16, 8, 8)), device=DEVICE), torch.zeros(10, device=DEVICE)
@@ -218,7 +120,7 @@ def test_here_the_host_does_not_wait():
 
 
 @real
-def test_here_a_graph_can_be_captured():
+def test_a_graph_can_be_captured():
     x, means, scale, center = heads(10, 3000)
     expected = [t.clone() for t in ops.class_scores(x * 2, means, scale, center)]
     graph, y = torch.cuda.CUDAGraph(), x.clone()
@@ -243,7 +145,7 @@ def test_here_a_graph_can_be_captured():
 
 @pytest.mark.parametrize("rule", [Confidence(), Entropy()])
 @pytest.mark.parametrize("mode", ["bucket", "masked"])
-def test_here_a_cascade_in_graphs(mode, rule):
+def test_a_cascade_in_graphs(mode, rule):
     torch.manual_seed(0)
     stages = Stages([torch.nn.Linear(20, 30), torch.nn.Linear(30, 30), torch.nn.Linear(30, 5)]).to(DEVICE).eval()
     heads_ = [ClassMeans(5, (30,)).to(DEVICE) for _ in range(2)]
@@ -267,7 +169,7 @@ def test_here_a_cascade_in_graphs(mode, rule):
 
 
 @real
-def test_here_every_device():
+def test_every_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     for device in range(torch.cuda.device_count()):
@@ -278,7 +180,7 @@ def test_here_every_device():
 
 
 @real
-def test_here_compiled():
+def test_compiled():
     x, means, scale, center = heads(10, 64)
 
     def step(x):
@@ -293,7 +195,7 @@ def test_here_compiled():
 
 
 @real
-def test_here_from_many_threads():
+def test_from_many_threads():
     x, means, scale, center = heads(10, 20_000)
     expected = [t.cpu() for t in ops.class_scores(x, means, scale, center)]
     wrong = []
@@ -312,5 +214,5 @@ def test_here_from_many_threads():
     assert not wrong
 
 
-def test_here_the_kernels_are_used():
+def test_the_kernels_are_used():
     assert cuda.supports(torch.zeros(1, device=DEVICE))

@@ -6,7 +6,6 @@ That the fast path is taken at all is tested too: without it, only the time of a
 import gc
 import os
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import (
+from support.op_arguments import DIM, ROWS, SPARSE, TAKES, WRONG, WRONG_FEATURES, call, good
+from support.subprocesses import run_python
+from support.tensors import (
     INF,
     LAYOUTS,
     NAN,
@@ -33,7 +34,6 @@ from support.helpers import (
     sentinels,
     shuffled_ids,
 )
-from test_validation import DIM, ROWS, SPARSE, TAKES, WRONG, WRONG_FEATURES, call, good
 from torch.overrides import TorchFunctionMode
 
 from e2cm_ext import Decisions, Statistics, native, ops
@@ -168,7 +168,7 @@ def test_what_a_network_brings_takes_the_fast_path(op, layout, shape, dtype):
 
 @pytest.mark.parametrize("op", OPS)
 def test_some_leave_and_some_stay_above(op):
-    """The cases above would prove little if everybody left in each of them."""
+    """The cases above would prove little if all samples left in each of them."""
     x, means, scale = clusters(33, (8, 3, 3), 5)
     x, means = laid_out(x, "channels_last"), laid_out(means, "channels_last")
     (survivors, _), (ids, _), _ = assert_either_way(op, arguments_for(x, means, scale, 5), fast=True)
@@ -431,7 +431,7 @@ def test_every_argument_in_forms_that_fall_back(op, change, flat):
     "threshold",
     [1, True, np.float64(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5), NAN, None, "0.5", 1j, [0.5]],
 )
-def test_thresholds(op, threshold):
+def test_thresholds_that_need_checks_fall_back(op, threshold):
     assert_either_way(op, good() | {"threshold": threshold}, fast=False)
 
 
@@ -523,7 +523,7 @@ def test_a_lazy_negative_that_looks_dense():
 
 
 @given(problems(), st.data())
-def test_any_problem(problem, data):
+def test_both_paths_agree_on_any_problem(problem, data):
     x, means, scale = problem
     center = data.draw(st.sampled_from([None, means.float().mean(0)]))
     if center is not None:
@@ -541,7 +541,7 @@ def test_any_problem(problem, data):
 
 
 @given(st.data())
-def test_any_mixture(data):
+def test_both_paths_agree_on_any_mixture_of_arguments(data):
     """Values that are right for one argument and wrong for the next, in every place."""
     flat = data.draw(st.booleans())
     pool = [*good(flat).values(), None, 3, "x", torch.zeros(0), torch.zeros(0, 0), torch.zeros(2, 2, device="meta")]
@@ -661,6 +661,7 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @needs_it
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 @pytest.mark.parametrize("op", OPS)
@@ -724,17 +725,8 @@ def test_eight_threads(op):
 # ---- without it ----------------------------------------------------------------------------------
 
 
-def python(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, arguments)],
-        env=os.environ | {"PYTEST_ADDOPTS": ""} | environment,  # with its -q, -q would print no count
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-
-
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_a_torch_without_the_exchange_api():
     code = """
 import torch
@@ -749,10 +741,11 @@ survivors, kept = ops.exit_step(x, means, scale, 0.5, ids, out)
 assert torch.equal(survivors, x[kept]) and (out.exit >= 0).sum() == 9 - len(kept)
 assert ops.decide(x, x[:, :3], 2.0, ids, out)[0] is x
 """
-    result = python("-c", code)
-    assert result.returncode == 0, result.stderr
+    run_python("-W", "ignore", "-c", code)
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @needs_it
 def test_tables_of_other_versions():
     """One of another major version is passed over, also in the chain; a capsule of another name is none."""
@@ -788,17 +781,18 @@ other = b"dltensor"
 assert not met(api.PyCapsule_New(real, other, None))
 assert not met(None) and not met(3)
 """
-    result = python("-c", code)
-    assert result.returncode == 0, result.stderr
+    run_python("-W", "ignore", "-c", code)
 
 
+@pytest.mark.subprocess
 @pytest.mark.slow
 @needs_it
 def test_all_ops_on_the_validated_path():
     files = ["test_ops.py", "test_statistics.py", "test_validation.py", "test_packing.py", "test_fast_path.py"]
     told = {"E2CM_NO_FAST_PATH": "1", "HYPOTHESIS_PROFILE": "again"}
-    result = python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *files, **told)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    files = [HERE / file for file in files]
+    options = ("-q", "-x", "-p", "no:cacheprovider", "-m", "not slow")
+    result = run_python("-W", "ignore", "-m", "pytest", *options, *files, env=told, timeout=500)
     assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 400
 
 

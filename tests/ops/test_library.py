@@ -5,7 +5,7 @@ torch.compile(fullgraph=True) needs no flag for the number of survivors, which i
 
 import pytest
 import torch
-from support.helpers import (
+from support.tensors import (
     INF,
     NAN,
     assert_same_decisions,
@@ -57,8 +57,9 @@ def test_opcheck_of_distances_and_scores(layout):
         torch.library.opcheck(operator("class_scores"), (x, means, scale, center, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck_of_statistics_and_what_looks_at_them(layout):
+def test_opcheck_of_statistics_and_heads_on_them(layout):
     x, _, scale = problem(layout=layout)
     numbers = list(LOOK.numbers)
     torch.library.opcheck(operator("statistics"), (x, numbers))
@@ -195,6 +196,7 @@ def assert_same_results(compiled, function, rows, threshold, layout="contiguous"
     return len(expected[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_a_whole_graph_equals_eager(function, dynamic):
@@ -213,7 +215,7 @@ def test_a_whole_graph_equals_eager(function, dynamic):
 
 
 @pytest.mark.parametrize("function", [an_exit, two_exits, a_learned_exit], ids=lambda f: f.__name__)
-def test_everybody_may_leave_inside_a_graph(function):
+def test_all_samples_may_leave_inside_a_graph(function):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_same_results(compiled, function, ROWS, torch.tensor(-INF))
 
@@ -223,6 +225,7 @@ def test_every_survivor_may_be_removed_by_compact():
     assert assert_same_results(compiled, a_compaction, ROWS, torch.tensor(-INF)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_threshold_may_be_a_float(dynamic):
     compiled = torch.compile(a_learned_exit, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -246,6 +249,7 @@ def test_sizes_become_dynamic_after_the_second():
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_inductor():
     compiled = torch.compile(two_exits, fullgraph=True)
     for threshold, layout in ((0.75, "channels_last"), (0.65, "channels_last"), (INF, "channels_last")):

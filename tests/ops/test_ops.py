@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from support.helpers import (
+from support.tensors import (
     DISTANCE_ERROR,
     DTYPES,
     FORMATS,
@@ -42,6 +42,8 @@ from support.helpers import (
 
 from e2cm_ext import Decisions, ops
 from e2cm_ext.ops import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 RULES = ("confidence", "entropy")
 thresholds = st.one_of(
@@ -337,7 +339,7 @@ def test_a_mean_of_nans_does_not_matter_if_its_class_has_no_scale():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_without_any_mean_nobody_leaves(rule):
+def test_without_any_mean_no_sample_leaves(rule):
     x, means, _ = clusters(5, 9, 4)
     got = ops.class_scores(x, means, torch.zeros(4))
     assert got.confidence.isnan().all()
@@ -871,6 +873,7 @@ def test_compact_takes_any_mask_of_bools():
     assert ops.compact(x, every_third)[1].tolist() == [0, 3, 6, 9]
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("view", ["conjugated", "negated"])
 def test_lazy_views_of_torch_are_values_like_any_other(view):
     """x.conj() and the imaginary part of it change a flag, not the memory."""
@@ -923,6 +926,7 @@ def test_one_of_everything():
     assert ops.class_distances(torch.tensor([[3.0]]), torch.tensor([[1.0]])).tolist() == [[2.0]]
 
 
+@pytest.mark.cpu_only
 def test_rows_further_apart_than_2_31_elements():
     try:
         storage = torch.empty(2**32 + 100, dtype=torch.bfloat16)  # touched in a few places only
@@ -939,6 +943,7 @@ def test_rows_further_apart_than_2_31_elements():
     assert_survivors(x[kept], kept, near, torch.arange(3), torch.isin(torch.arange(3), kept))
 
 
+@pytest.mark.cpu_only
 def test_more_than_2_31_elements():
     """2,200,000 samples of 1000 features that all lie in the same place."""
     x, means, _ = clusters(1, 1000, 1)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from support.helpers import clusters, generator, sentinels, shuffled_ids
+from support.tensors import clusters, generator, sentinels, shuffled_ids
 
 from e2cm_ext import Decisions, Statistics, native, ops
 from e2cm_ext.heads import ClassMeans, PooledMeans, WhitenedMeans
@@ -314,18 +314,19 @@ def test_a_head_of_inference_mode_is_not_packed_since_its_changes_cannot_be_seen
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [ClassMeans, WhitenedMeans])
-def test_a_compiled_head_says_the_same(make):
+def test_a_compiled_head_gives_the_same_answers(make):
     head, x = fitted(make, 1)
     head(x)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), head(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("classes", [5, 30])
 @pytest.mark.parametrize("make", [ClassMeans, WhitenedMeans])
 def test_a_head_in_torch_jit_trace(make, classes):
-    """It sees operators alone: a call of the compiled module would leave it with memory that nobody writes."""
+    """It sees operators alone: a call of the compiled module would leave it with memory that is never written."""
     head, x = fitted(make, 1, classes)
     traced = torch.jit.trace(head, x[:5])
     same([traced(x[5:9])], [head(x[5:9])])

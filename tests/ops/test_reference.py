@@ -1,4 +1,4 @@
-"""The oracle of the other tests: against numbers worked out by hand, and against other people's code."""
+"""The reference of the other tests: against numbers worked out by hand, and against scipy."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
-from support.helpers import INF, NAN, clusters, generator, sentinels
+from support.tensors import INF, NAN, clusters, generator, sentinels
 
 from e2cm_ext import Decisions
 from e2cm_ext.ops import reference
@@ -170,7 +170,7 @@ def test_log_softmax_against_scipy():
         (torch.float16, torch.float32),
     ],
 )
-def test_the_dtype_of_the_work(dtype, works_in):
+def test_the_dtype_that_the_reference_computes_in(dtype, works_in):
     x, means, _ = clusters(5, 8, 3)
     assert reference.class_distances(x.to(dtype), means.to(dtype)).dtype is works_in
     assert reference.log_softmax(x.to(dtype)).dtype is works_in

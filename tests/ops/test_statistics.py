@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import (
+from support.tensors import (
     DTYPES,
     INF,
     LAYOUTS,
@@ -29,6 +29,8 @@ from support.helpers import (
 from e2cm_ext import Statistics, ops
 from e2cm_ext.ops import functional, reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 RICH = Statistics(mean=(4, 4), rms=(2, 2), max=(2, 2), pairs=4)
 # Of a mean, relative to the mean magnitude of its cell; of a root mean square, to itself; of the square of what a pair
 # gives (a root is infinitely steep at 0), to the mean magnitude of the products. Seen at worst: 1e-6.
@@ -38,7 +40,7 @@ ERROR = 5e-6
 # ---- worked out by hand --------------------------------------------------------------------------
 
 
-def test_by_hand():
+def test_statistics_of_a_map_by_hand():
     """A map of 3 x 5 in cells of 1 and 2 rows, 2 and 3 columns; a second channel that is its negative."""
     plane = torch.tensor([[3.0, 4.0, 0.0, 0.0, 9.0], [1.0, 1.0, 1.0, 2.0, 3.0], [1.0, 5.0, 6.0, 0.0, 0.0]])
     x = torch.stack([plane, -plane])[None]
@@ -269,6 +271,7 @@ def test_the_same_bits_alone_in_a_batch_and_in_any_layout(problem, data):
         assert same_bits(ops.statistics(x[b : b + 1], wanted), together[b : b + 1])
 
 
+@pytest.mark.cpu_only
 def test_the_same_bits_with_any_number_of_threads():
     x = torch.randn(70, 48, 16, 16, generator=generator(0))
     weight, bias = torch.randn(10, RICH.size(x.shape[1:]), generator=generator(1)) / 30, torch.zeros(10)
@@ -424,6 +427,7 @@ def test_large_batches_are_worked_on_in_parts():
     assert same_bits(survivors, x[kept])
 
 
+@pytest.mark.cpu_only
 def test_off_the_cpu_there_are_shapes():
     x = torch.zeros(5, 16, 8, 8, device="meta")
     head = torch.zeros(3, 448, device="meta"), torch.zeros(3, device="meta")
@@ -435,6 +439,7 @@ def test_off_the_cpu_there_are_shapes():
 # ---- pairs on every way into the module ----------------------------------------------------------
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("shape", [(16, 8, 8), (5, 16), (16,)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_fast_and_the_validated_path_agree_on_pairs(monkeypatch, shape, layout):
@@ -455,6 +460,8 @@ def test_the_fast_and_the_validated_path_agree_on_pairs(monkeypatch, shape, layo
         assert 0 < len(answers[0][1]) < 20
 
 
+@pytest.mark.slow
+@pytest.mark.cpu_only
 def test_pairs_as_operators_and_compiled():
     torch.compiler.reset()
     x = torch.randn(12, 6, 4, 5, generator=generator(0))

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from PIL import Image
-from support import small
+from support import networks
 
 import e2cm_ext as e2cm
 from e2cm_ext import report
@@ -53,15 +53,15 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    model = small.net()
-    batches = small.loader(240, 60)
+    model = networks.net()
+    batches = networks.loader(240, 60)
     ee = e2cm.EarlyExit(model, batches[0][0][:1]).fit(batches, progress=False)
-    record = ee.record(small.loader(200, 50, seed=5), progress=False)
+    record = ee.record(networks.loader(200, 50, seed=5), progress=False)
     ee.calibrate(record, flops=0.8, progress=False)
     before = ee.thresholds.clone()
     returned = report.write(
-        path, ee, small.loader(200, 50, seed=5), title="<Title> & more", data="data <1>", classes=NASTY, batch_size=8,
-        command="e2cm report --title '<x>'", progress=False,
+        path, ee, networks.loader(200, 50, seed=5), title="<Title> & more", data="data <1>", classes=NASTY,
+        batch_size=8, command="e2cm report --title '<x>'", progress=False,
     )  # fmt: skip
     assert torch.equal(ee.thresholds, before)
     return path.read_text(), ee, returned
@@ -137,7 +137,7 @@ def test_its_figures_are_those_of_the_record(made):
 
 def test_exits_classes_and_mistakes_are_counted(made):
     _, ee, record = made
-    page = report._Page(ee, record, report.Halves(ee, record), ee.profile(small.images(2), 2, repeats=1), 2, NASTY)
+    page = report._Page(ee, record, report.Halves(ee, record), ee.profile(networks.images(2), 2, repeats=1), 2, NASTY)
     replay = record.replay(ee.thresholds)
     exits = page.exits()
     assert [row.leavers for row in exits] == replay.exit.bincount(minlength=record.exits + 1).tolist()
@@ -221,10 +221,10 @@ def test_times_are_ratios_of_neighbours():
 def test_measuring_leaves_the_thresholds_as_they_were(made):
     _, ee, _ = made
     before = ee.thresholds.clone()
-    found = report.measured(ee, small.images(4), {"all leave": torch.full((4,), -math.inf)}, rounds=2)
+    found = report.measured(ee, networks.images(4), {"all leave": torch.full((4,), -math.inf)}, rounds=2)
     assert torch.equal(ee.thresholds, before) and found["all leave"].median > 0
     with pytest.raises(ValueError, match="shape"):
-        report.measured(ee, small.images(4), {"wrong": torch.zeros(3)}, rounds=1)
+        report.measured(ee, networks.images(4), {"wrong": torch.zeros(3)}, rounds=1)
     assert torch.equal(ee.thresholds, before)
 
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_reported(made, tmp_path):
     _, ee, _ = made
     (tmp_path / "old.html").write_text("old")
     with pytest.raises(ValueError, match="`classes` has 2 names; wanted 10"):
-        report.write(tmp_path / "old.html", ee, small.loader(20, 10), classes=["a", "b"], progress=False)
+        report.write(tmp_path / "old.html", ee, networks.loader(20, 10), classes=["a", "b"], progress=False)
     with pytest.raises(FileNotFoundError):
-        report.write(tmp_path / "no" / "r.html", ee, small.loader(20, 10), batch_size=2, progress=False)
+        report.write(tmp_path / "no" / "r.html", ee, networks.loader(20, 10), batch_size=2, progress=False)
     assert (tmp_path / "old.html").read_text() == "old"

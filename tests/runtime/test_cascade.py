@@ -1,4 +1,4 @@
-"""The runtime: who leaves where, that nothing is computed in vain, and a slow twin that must say the same."""
+"""The cascade: which samples leave where, that nothing is computed in vain, and a slow loop with the same answers."""
 
 import copy
 import dataclasses
@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, assert_same_decisions, generator, same_bits
-from support.small import CLASSES, SHAPE, Scripted, Watched, images, loader, net, pointwise
+from support.networks import CLASSES, SHAPE, Scripted, Watched, images, loader, net, pointwise
+from support.tensors import INF, NAN, assert_same_decisions, generator, same_bits
 from torch import nn
 
 from e2cm_ext import ClassMeans, Decisions, Head, PooledMeans, Rule, Stages, WhitenedMeans, cut
@@ -42,7 +42,7 @@ def rows(*first):
 # ---- by hand -------------------------------------------------------------------------------------
 
 
-def test_by_hand():
+def test_exits_and_answers_of_five_samples_by_hand():
     """Certainties rise by 0.1 at every exit; thresholds 0.8, 0.7, 0.6."""
     stages, heads = scripted(0.1, 0.1, 0.1)
     x = rows(0.2, 0.75, 0.55, 0.1, 0.35)
@@ -73,7 +73,7 @@ def test_exits_that_are_off_are_not_computed():
     assert out.exit.tolist() == [1, 3]  # exits keep their numbers
 
 
-def test_it_stops_when_nobody_is_left():
+def test_no_stage_runs_when_all_samples_have_left():
     stages, heads = scripted(0.1, 0.1, 0.1)
     out = cascade.run(stages, heads, CONFIDENCE, [0.8, 0.5, 0.5], rows(0.75, 0.5, 0.9), 3)
     assert out.exit.tolist() == [0, 1, 0]
@@ -156,7 +156,7 @@ def test_the_prediction_is_that_of_the_logits():
 
 @pytest.mark.parametrize("threshold", [INF, 0.5, 0.99, -INF])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bits(dtype, threshold):
+def test_networks_in_16_bits(dtype, threshold):
     """Answers are stored in float32; log_probs() gives back the dtype of the logits, and the network's own bits."""
     stages, heads = scripted(0.0)
     x = rows(0.9, 0.1, 0.2).to(dtype)
@@ -173,7 +173,7 @@ def test_sixteen_bits(dtype, threshold):
 
 @pytest.mark.parametrize("threshold", [INF, 0.5, -INF])
 def test_autocast(threshold):
-    """The dtype is that of the network's own log_softmax, also where nobody reaches it and features are float32."""
+    """The dtype is that of the network's own log_softmax, also where no sample reaches it and features are float32."""
     torch.manual_seed(0)
     stages = Stages([nn.Identity(), nn.Linear(4, 3)]).eval()
     x = rows(0.9, 0.1)
@@ -275,7 +275,7 @@ HEADS = {kind: fitted_heads(STAGES, loader(), kind) for kind in (ClassMeans, Poo
 @pytest.mark.parametrize("kind", [ClassMeans, PooledMeans])
 @pytest.mark.parametrize("rule", [CONFIDENCE, ENTROPY])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_twin_agrees(kind, rule, layout):
+def test_answers_are_those_of_a_loop_over_stages(kind, rule, layout):
     torch.set_num_threads(1)
     heads = HEADS[kind]
     g = generator(5)
@@ -320,7 +320,7 @@ POINTWISE_HEADS = fitted_heads(POINTWISE, [(SAMPLES, torch.arange(24) % 3)], Cla
     st.lists(st.sampled_from([INF, -INF, 0.34, 0.4, 0.45, 0.5]), min_size=5, max_size=5),
     st.sampled_from([1, 2]),
 )
-def test_an_answer_is_the_same_bits_in_any_company(chosen, thresholds, threads):
+def test_an_answer_is_the_same_bits_in_any_batch(chosen, thresholds, threads):
     """With stages whose arithmetic is the same for every batch, so is the whole."""
     with torch.no_grad():
         alone = cascade.run(POINTWISE, POINTWISE_HEADS, CONFIDENCE, thresholds, SAMPLES, 3)
@@ -371,8 +371,8 @@ class Moving(ClassMeans):
     st.sampled_from([0, 1, 2, 24]),
     st.booleans(),
 )
-def test_who_is_carried_along_changes_nothing(seed, thresholds, scale, rule, count, mixed):
-    """Whatever moving costs, and also where a NaN turns up in one who has left."""
+def test_exited_rows_that_stay_in_the_batch_change_nothing(seed, thresholds, scale, rule, count, mixed):
+    """Whatever moving costs, and also where a NaN turns up in an exited row."""
     x = SAMPLES[:count].clone()
     x[1::5, 0, 0, 0] = NAN
     if rule is ENTROPY:
@@ -389,9 +389,9 @@ def test_who_is_carried_along_changes_nothing(seed, thresholds, scale, rule, cou
     assert all(column._base is None and column.untyped_storage().size() == column.nbytes for column in got)
 
 
-def test_leavers_are_carried_by_hand():
+def test_exited_rows_are_dropped_when_that_pays_by_hand():
     """Moving costs 3.5, a sample 1 per stage: one leaver is carried past exits 1 and 2 and dropped at exit 3, for what
-    was paid; he would leave again, with another answer, and is not heard."""
+    was paid; its later output, which would leave again with another answer, is discarded."""
     stages, heads = scripted(0.0, 0.0, 0.0, 0.0, 0.0)
     heads = [Carries(head.answer) for head in heads]
     costs = CompactionPolicy(tuple((0.0, float(j)) for j in range(1, 7)), ((3.5,) * 4,) * 5)

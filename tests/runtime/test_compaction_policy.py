@@ -1,4 +1,4 @@
-"""Moving survivors or carrying on with who has left: by hand, what it costs at worst, and from a profile."""
+"""Compacting a batch or keeping exited rows in it: by hand, what it costs at worst, and from a profile."""
 
 import itertools
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import generator
-from support.small import digits, trained
+from support.networks import digits, trained
+from support.tensors import generator
 
 from e2cm_ext import EarlyExit, Profile
 from e2cm_ext.runtime.compaction_policy import CompactionPolicy
 
 
-def test_by_hand():
+def test_costs_of_carrying_and_when_to_compact_by_hand():
     """Two samples take 3, 5 and 9 up to the stages, one takes 2, 3 and 6; moving one takes 1 at exit 0, 5 at exit 1."""
     costs = CompactionPolicy(((0, 2, 3), (0, 3, 5), (0, 6, 9)), ((0, 1, 2), (0, 5, 6)))
     assert costs.carry_cost(0, 1, 2, 1) == (5 - 3) - (3 - 2)
@@ -33,7 +33,7 @@ def test_guesses_are_linear_in_the_samples():
 
 @given(st.integers(0, 10**6), st.integers(1, 30), st.floats(0.1, 30))
 def test_carrying_costs_no_more_than_moving(seed, exits, price):
-    """Before every move, and after the last one, less than its price was paid; and nobody pays to carry nobody."""
+    """Before every move, and after the last one, less than its price was paid; without exited rows, nothing is."""
     stages = torch.rand(exits + 1, generator=generator(seed)).add(0.1).tolist()
     passed = tuple((0.0, sum(stages[: j + 1])) for j in range(exits + 1))
     costs = CompactionPolicy(passed, ((price,) * 11,) * exits)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from support.helpers import INF, NAN
-from support.small import Scripted, Watched
+from support.networks import Scripted, Watched
+from support.tensors import INF, NAN
 
 from e2cm_ext import Stages
 from e2cm_ext.heads.rules import Confidence, Entropy, Rule
@@ -62,7 +62,7 @@ def test_the_answers_of_a_cascade(mode, rule, thresholds):
         torch.testing.assert_close(got.log_probs, expected.log_probs)
 
 
-def test_a_spoiled_sample_goes_to_the_end():
+def test_a_sample_that_is_not_finite_goes_to_the_end():
     stages, heads = scripted(0.1, 0.1)
     x = samples(4)
     x[2, 0] = NAN
@@ -71,7 +71,7 @@ def test_a_spoiled_sample_goes_to_the_end():
         assert out.exit.tolist() == [0, 0, 2, 0]
 
 
-def test_stages_run_at_the_given_sizes_and_not_for_nobody():
+def test_stages_run_at_the_given_sizes_and_not_on_empty_batches():
     stages, heads = scripted(0.0, 0.0)
     x = samples(7)
     x[:, 0] = torch.tensor([0.9, 0.1, 0.9, 0.1, 0.9, 0.1, 0.9])

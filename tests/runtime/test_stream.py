@@ -1,4 +1,4 @@
-"""Streams: what `predict` says of every batch, from survivors that have waited for each other."""
+"""Streams: the answers of `predict` for every batch, though samples of several batches run together."""
 
 import threading
 import weakref
@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.helpers import INF, NAN, assert_same_decisions, generator, same_bits
-from support.small import Interrupted, Scripted, Watched, loader, net, pointwise
+from support.networks import Interrupted, Scripted, Watched, loader, net, pointwise
+from support.tensors import INF, NAN, assert_same_decisions, generator, same_bits
 from torch import nn
 
 from e2cm_ext import Decisions, EarlyExit, Stages
@@ -76,7 +76,7 @@ waits = st.sampled_from([None, 0, 1, 2, 5])
 
 
 @given(sizes_of_batches, thresholds, batch_sizes, waits)
-def test_in_order(sizes, thresholds, batch_size, max_wait):
+def test_batches_are_answered_in_order(sizes, thresholds, batch_size, max_wait):
     ee = with_thresholds(thresholds)
     batches = SAMPLES[: sum(sizes)].split(sizes)
     stream = ee.predict_stream(batches, batch_size=batch_size, max_wait=max_wait)
@@ -85,7 +85,7 @@ def test_in_order(sizes, thresholds, batch_size, max_wait):
 
 
 @given(sizes_of_batches, thresholds, batch_sizes, waits)
-def test_as_completed(sizes, thresholds, batch_size, max_wait):
+def test_batches_are_answered_as_they_are_completed(sizes, thresholds, batch_size, max_wait):
     ee = with_thresholds(thresholds)
     count = sum(sizes)
     stream = ee.predict_stream(
@@ -107,7 +107,7 @@ def test_answers_come_before_their_batch_is_complete():
     assert [numbers.tolist() for numbers, _ in stream] == [[1, 2, 3], [0, 4, 5, 6, 7]]
 
 
-def test_entropy():
+def test_answers_by_the_entropy_rule():
     ee = exact("entropy")
     ee.thresholds = ee.record([(SAMPLES[:30], LABELS[:30])], progress=False).confidence[:, :-1].nanquantile(0.7, dim=0)
     batches = SAMPLES.split(7)
@@ -166,7 +166,7 @@ def test_of_another_dtype_than_the_network():
 # ---- who waits for whom ----------------------------------------------------------------------------
 
 
-def test_by_hand():
+def test_sizes_of_the_batches_of_each_stage_by_hand():
     """One of four stays at each exit; a stage runs from three samples on. At the end the first stages run first."""
     ee = scripted([0.0, 0.0], [0.6, 0.45])
     batches = [rows(0.9, 0.5 if k in (1, 5, 7, 8) else 0.4, 0.9, 0.9) for k in range(11)]
@@ -188,7 +188,7 @@ def test_stages_between_exits_that_are_off_are_one():
     assert [len(head.seen) for head in ee.heads] == [0, 3, 0]
 
 
-def test_nothing_is_run_for_nobody():
+def test_no_stage_runs_on_an_empty_batch():
     ee = scripted([0.0, 0.0], [0.5, 0.5])
     stream = ee.predict_stream([rows(0.9, 0.8), rows(0.9)[:0], rows(0.7)])
     assert [got.exit.tolist() for got in stream] == [[0, 0], [], [0]]
@@ -276,7 +276,7 @@ def test_answers_do_not_hold_those_to_other_batches(order):
 
 @pytest.mark.parametrize("order", [True, "completed"])
 @pytest.mark.parametrize("max_wait", [0, 1, 3])
-def test_nobody_waits_longer_than_max_wait(max_wait, order):
+def test_no_sample_waits_longer_than_max_wait(max_wait, order):
     """One sample of three stays for ever, and never finds company."""
     ee = scripted([0.0, 0.0], [0.5, 0.5])
     taken = 0
@@ -427,7 +427,7 @@ def test_the_network_is_looked_at_in_the_call():
         ee.train().predict_stream([])
 
 
-def test_no_batch():
+def test_a_stream_without_batches_is_refused():
     with pytest.raises(ValueError, match="gave no batch"):
         list(EXACT.predict_stream([]))
 
@@ -473,7 +473,7 @@ def test_streams_and_predict_from_several_threads():
         list(pool.map(caller, range(6)))
 
 
-def test_two_streams_in_turns():
+def test_two_streams_of_one_network_interleaved():
     ee = with_thresholds(SOME)
     one, other = SAMPLES.split(10), SAMPLES.flip(0).split(10)
     streams = ee.predict_stream(one, batch_size=20), ee.predict_stream(other, batch_size=20)

@@ -7,8 +7,9 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 import torch
-from support.helpers import assert_same_decisions, clusters, generator, laid_out, same_bits
-from support.small import digits, trained
+from support.distributed import predict_in_worker
+from support.networks import digits, trained
+from support.tensors import assert_same_decisions, clusters, generator, laid_out, same_bits
 from torch.utils.data import DataLoader, Dataset
 
 from e2cm_ext import Decisions, EarlyExit, ops
@@ -152,12 +153,8 @@ def test_threads_on_one_network(threads_inside, compiled):
                 assert_same_decisions(decisions, expected[i])
 
 
-def served(ee: EarlyExit, x: torch.Tensor) -> list[torch.Tensor]:
-    """In a worker process, as servers are set up: one thread each."""
-    torch.set_num_threads(1)
-    return [column.clone() for column in ee.predict(x)]
-
-
+@pytest.mark.slow
+@pytest.mark.subprocess
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_worker_processes(start):
@@ -169,6 +166,6 @@ def test_worker_processes(start):
     ee.predict(batches()[-2])
     context = multiprocessing.get_context(start)
     with ProcessPoolExecutor(2, mp_context=context) as pool:
-        found = pool.map(served, [ee] * len(expected), batches(), timeout=120)
+        found = pool.map(predict_in_worker, [ee] * len(expected), batches(), timeout=120)
         for columns, decisions in zip(found, expected, strict=True):
             assert_same_decisions(Decisions(*columns), decisions)

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from support.helpers import assert_same_decisions, same_bits
-from support.small import bits_of, digits, net, samples, trained
+from support.networks import bits_of, digits, net, samples, trained
+from support.tensors import assert_same_decisions, same_bits
 from torch import nn
 
 from e2cm_ext import EarlyExit, Stages, cut
@@ -76,6 +76,7 @@ def test_stages_that_share_their_code_are_not_compiled_over_and_over():
     assert counting.graphs == 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"fold": True}, {"fold": True, "channels_last": True}])
 def test_everything_that_runs_the_network_runs_what_was_compiled(options):
     ee, plain, counting = wrapped(), wrapped(), Counting()
@@ -126,6 +127,7 @@ def test_train_mode_is_refused():
         ee.compile()
 
 
+@pytest.mark.slow
 def test_with_the_compiler_itself():
     """Of two stages, since it is slow: the rest is the same for any backend."""
     ee, plain = wrapped().at_exits([1]), wrapped().at_exits([1])

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from e2cm_ext.stages import Stages, cut, stage_flops
 from e2cm_ext.stages.flops import Costs, count_flops
 
+pytestmark = pytest.mark.vision
+
 # ---- counting -----------------------------------------------------------------------------------
 
 
@@ -47,7 +49,7 @@ def small():
 BY_HAND = (2 * 8 * 8 * 8 * 27, 2 * 8 * 8 * 8 * 2 * 9, 2 * 128 * 10)  # first convolution, grouped one, matrix
 
 
-def test_by_hand():
+def test_flops_of_a_small_network_by_hand():
     assert count_flops(small(), torch.zeros(1, 3, 16, 16)) == sum(BY_HAND)
 
 
@@ -166,7 +168,7 @@ def test_errors_come_through():
 
 
 @pytest.mark.parametrize("x", [torch.zeros(0, 3), torch.tensor(1.0), [1, 2]])
-def test_no_sample(x):
+def test_an_input_without_a_sample_is_refused(x):
     with pytest.raises(ValueError, match=r"`x` .* with at least one sample"):
         count_flops(nn.Linear(3, 3), x)
 
@@ -244,7 +246,7 @@ def test_some_of_the_exits():
         costs.numbers("stem")
 
 
-def test_table():
+def test_costs_print_as_a_table():
     assert str(COSTS).splitlines() == [
         "exit   stage FLOPs  head FLOPs  leaving here",
         "stem           100          10        0.1100",

@@ -16,8 +16,11 @@ from torch.nn import functional as F
 
 from e2cm_ext.stages import CutError, Stages, cut, flops, stage_flops
 
+pytestmark = pytest.mark.vision
+
 FORMATS = [torch.contiguous_format, torch.channels_last]
 LARGE = ("torchvision/resnet152", "torchvision/wide_resnet101_2")
+QUICK = ("torchvision/resnet18", "torchvision/mobilenet_v3_small", "timm/vit_tiny_patch16_224")
 
 
 def same(a, b):
@@ -58,7 +61,10 @@ def snapshot(model):
     return state, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module", params=vision.ZOO)
+@pytest.fixture(
+    scope="module",
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in vision.ZOO],
+)
 def case(request):
     with torch.no_grad():
         return Case(request.param)
@@ -132,9 +138,11 @@ def test_zoo_copies(case):
 def test_zoo_bfloat16(case):
     if case.name in LARGE:
         pytest.skip("slow, and nothing in it that is not in resnet50")
-    model, stages = copy.deepcopy(case.model).bfloat16(), copy.deepcopy(case.stages).bfloat16()
-    x = vision.images(2).bfloat16().to(memory_format=torch.channels_last)
-    assert same(stages.to(memory_format=torch.channels_last)(x), model.to(memory_format=torch.channels_last)(x))
+    model, stages = copy.deepcopy((case.model, case.stages))  # together: they share their weights
+    model.to(torch.bfloat16, memory_format=torch.channels_last)
+    x = vision.images(1).to(torch.bfloat16, memory_format=torch.channels_last)
+    assert all(p.dtype is torch.bfloat16 for p in stages.parameters())
+    assert same(stages(x), model(x))
 
 
 def test_zoo_all_contains_the_blocks(case):
@@ -490,7 +498,7 @@ def test_fractions_of_the_flops(resnet, wanted):
         (("layer2.0",), ["layer2.0"]),
     ],
 )
-def test_names(resnet, wanted, names):
+def test_exits_chosen_by_names_and_patterns(resnet, wanted, names):
     stages = cut(resnet, X, wanted)
     assert stages.names == tuple(names)
     assert_same(resnet, stages)
@@ -554,7 +562,7 @@ def test_a_shortcut_that_hands_its_input_on():
         cut(model, X, ["2.shortcut"])
 
 
-def test_suggestions(resnet):
+def test_an_unknown_name_is_answered_with_names_like_it(resnet):
     with pytest.raises(ValueError, match=r"there are .*layer1\.1"):
         cut(resnet, X, ["layer1_1"])
 
@@ -623,7 +631,7 @@ def test_tensors_of_its_own():
 
 
 def test_features_in_place():
-    """A stage may overwrite what it is given, as the model does; the answer is the same, and who waits sees it."""
+    """A stage may overwrite its input, as the model does: the answer is the same, the input is not."""
     model = made(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 30 * 30, 3)))
     stages = cut(model, X, ["0"])
     features = stages[0](X)
@@ -635,7 +643,7 @@ def test_features_in_place():
 
 
 class InPlace(nn.Module):
-    """Statements whose result nobody looks at, on a tensor that crosses the cut."""
+    """Statements whose result is not used, on a tensor that crosses the cut."""
 
     def __init__(self):
         super().__init__()
@@ -650,7 +658,7 @@ class InPlace(nn.Module):
         return self.linear(y)
 
 
-def test_results_that_nobody_looks_at():
+def test_results_that_are_not_used():
     model = made(InPlace())
     stages = cut(model, X, ["conv"])
     assert_same(model, stages)
@@ -945,7 +953,7 @@ def test_errors_show_the_code(resnet):
 # ---- stages by hand, and a choice among stages ----------------------------------------------------
 
 
-def test_by_hand():
+def test_stages_made_from_modules():
     layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)]
     stages = Stages(layers)
     assert stages.names == ("stage0", "stage1")
@@ -967,7 +975,7 @@ def test_by_hand():
         ([nn.ReLU()] * 3, ["a", "a"], ValueError, "`names` holds 'a' more than once"),
     ],
 )
-def test_by_hand_wrong(parts, names, error, message):
+def test_stages_made_from_wrong_modules(parts, names, error, message):
     with pytest.raises(error, match=re.escape(message)):
         Stages(parts, names)
 

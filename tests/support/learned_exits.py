@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from e2cm_ext import EarlyExit, OperatingPoint
-from support.helpers import assert_same_decisions, same_bits
-from support.small import all_of
+from support.networks import all_of
+from support.tensors import assert_same_decisions, same_bits
 
 
 def check_all_ways(ee: EarlyExit, loader, path: Path, flops: float = 0.7) -> OperatingPoint:

@@ -1,6 +1,6 @@
 """torchvision and timm as the tests need them: without weights, without downloads, and without a matching CUDA runtime.
 
-    from vision import ZOO, network, timm, torchvision
+    from support.vision import ZOO, network, timm, torchvision
 
 torchvision's binaries from PyPI need the CUDA runtime that they were built for, and without it they cannot even be
 imported: the shapes of two operators are registered that nobody has defined then. Networks need neither of them.

@@ -1,71 +1,24 @@
 """Real processes under torch.distributed (gloo): the same heads, records, thresholds and figures as one process alone;
 one without data does not keep the others waiting, and neither does one that fails or is gone."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from support.small import SHAPE, loader, net
+from support.distributed import HEADS, everything, loaders, of_clusters
+from support.subprocesses import LIMIT, start_python, torchrun
 
-import e2cm_ext as e2cm
 from e2cm_ext.data.overlap import FittedImages, image_hashes
 
-HERE = Path(__file__).parent
-LIMIT = 300  # seconds that processes may take, on a busy machine
-HEADS = ("class_means", "whitened_means")
-BEGIN = f"""
+BEGIN = """
 import datetime, os, sys, time
-sys.path[:0] = {[str(HERE.parent), str(HERE)]!r}
 import torch, torch.distributed as dist
 import e2cm_ext as e2cm
-from test_distributed import *
+from support.distributed import *
 torch.set_num_threads(1)
 """
-
-
-def loaders(rank, count):
-    """To fit on and to find thresholds on: every count-th sample, from `rank` on."""
-    parts = []
-    for seed, size in ((0, 300), (1, 200)):
-        x, y = (torch.cat(column) for column in zip(*loader(size, seed=seed), strict=True))
-        x, y = x[rank::count], y[rank::count]
-        parts.append(list(zip(x.split(25), y.split(25), strict=True)))
-    return parts
-
-
-def network(head):
-    return e2cm.EarlyExit(net(), torch.zeros(1, *SHAPE), head=head)
-
-
-def everything(fitted_on, held_out):
-    """All that a fit and a calibration leave behind."""
-    found = {}
-    for head in HEADS:
-        ee = network(head).fit(fitted_on, progress=False)
-        record = ee.record(held_out, progress=False)
-        point = ee.calibrate(held_out, flops=0.6, progress=False)
-        evaluation = ee.evaluate(held_out, progress=False)
-        found[head] = {
-            "heads": ee.heads.state_dict(),
-            "record": (record.confidence, record.prediction, record.label),
-            "thresholds": ee.thresholds,
-            "point": (point.flops, point.accuracy),
-            "evaluation": (evaluation.accuracy, evaluation.flops, evaluation.exits),
-        }
-        timed = ee.calibrate(held_out, latency=0.9, batch_size=4, progress=False)  # everybody's own times would differ
-        found[head]["timed"] = timed.thresholds
-    return found
-
-
-def of_clusters(fitted_on):
-    """All that a fit to clusters leaves behind."""
-    ee = network("class_means").fit(fitted_on, progress=False, labels=None, clusters=4)
-    return {"heads": ee.heads.state_dict(), "centres": ee.stages[-1].centres.state_dict()}
 
 
 SAME = f"""{BEGIN}
@@ -81,17 +34,11 @@ def close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_torchrun_with_two_processes_gives_what_one_does(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SAME)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*run, str(script), str(tmp_path)],
-        check=True,
-        timeout=LIMIT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-    )
+    torchrun(SAME, tmp_path, tmp_path)
     torch.set_num_threads(1)  # as they do
     shares = [loaders(rank, 2) for rank in range(2)]
     fitted_on, held_out = ([*one, *other] for one, other in zip(*shares, strict=True))
@@ -166,12 +113,10 @@ def two_processes(tmp_path):
     started = []
 
     def start(mode, seconds=60):
-        arguments = [sys.executable, str(script), mode, str(folder), str(seconds)]
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
         for rank in range(2):
-            environment = os.environ | meeting | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            started.append(subprocess.Popen(arguments, env=environment, **pipes))
+            env = meeting | {"RANK": str(rank)}
+            started.append(start_python(script, mode, folder, seconds, env=env, stderr=subprocess.STDOUT))
         return started
 
     yield start
@@ -196,6 +141,9 @@ def wait_for(process, text):
     raise AssertionError(f"never said {text!r}")
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_what_fails_in_one_process_fails_in_all(two_processes):
     first, second = two_processes("fails")
     said = [process.communicate(timeout=LIMIT)[0] for process in (first, second)]
@@ -207,6 +155,9 @@ def test_what_fails_in_one_process_fails_in_all(two_processes):
     assert "evaluate: RuntimeError evaluate: process 1 of 2 has failed" in said[0]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_a_killed_process_is_an_error_in_the_others(two_processes):
     first, second = two_processes("is killed", seconds=60)
     wait_for(second, "in the middle")
@@ -217,6 +168,9 @@ def test_a_killed_process_is_an_error_in_the_others(two_processes):
     assert "fit: RuntimeError process 0 of 2 cannot reach the others: one of them has ended" in said
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.subprocess
 def test_a_process_that_does_not_come_is_an_error_in_the_others(two_processes):
     first, second = two_processes("does not come", seconds=10)
     wait_for(second, "in the middle")

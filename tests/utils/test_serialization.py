@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support.helpers import same_bits
+from support.tensors import same_bits
 from torch import nn
 
 from e2cm_ext import EarlyExit, build_info
@@ -132,7 +132,7 @@ def test_another_kind_and_what_cannot_be_written(tmp_path):
         ((36).to_bytes(8, "little") + serialization._PREFIX + b'[]"}}   ', "is damaged"),
     ],
 )
-def test_rubbish(tmp_path, contents, message):
+def test_a_file_with_other_contents_is_refused(tmp_path, contents, message):
     (tmp_path / "a").write_bytes(contents)
     with pytest.raises(ValueError, match=message):
         serialization.read(tmp_path / "a", "test")

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from support.small import images, loader, net
+from support.networks import images, loader, net
 
 from e2cm_ext import EarlyExit
 from e2cm_ext.utils import warn

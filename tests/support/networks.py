@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from e2cm_ext import Head, Stages
-from support.helpers import generator
+from support.tensors import generator
 
 SHAPE, CLASSES = (1, 8, 8), 10
 
@@ -62,7 +62,7 @@ def net(seed: int = 0) -> Net:
     return model.eval()
 
 
-def by_hand(seed: int = 0) -> Stages:
+def net_in_stages(seed: int = 0) -> Stages:
     """The same network in three parts."""
     n = net(seed)
     last = nn.Sequential(n.block3, nn.AdaptiveAvgPool2d(1), nn.Flatten(), n.classifier)

@@ -170,7 +170,7 @@ def leaving_in_float64(
 
 
 def sentinels(count: int, classes: int | None) -> Decisions:
-    """Room for answers, every number of which is recognisable if nobody writes there."""
+    """Room for answers, every number of which is recognisable if it is not written."""
     return Decisions(
         torch.arange(count) - 10_000,
         torch.arange(count) + 0.5,
