@@ -22,7 +22,7 @@ from .. import data, report
 from ..calibration.curves import Curve, Method
 from ..early_exit import EarlyExit
 from ..methods import sdn
-from ..report import Compared
+from ..report import ComparisonRow
 from ..utils.timing import Ratio
 
 __all__ = ["Digits", "Residual", "digits", "network", "run", "trained"]
@@ -127,9 +127,9 @@ def run(
     small: bool = False,
     command: str = "e2cm demo",
     progress: bool = True,
-) -> list[Compared]:
+) -> list[ComparisonRow]:
     """Writes the report to `out`; returns the rows of its table, the network alone first."""
-    report.refuse_no_matplotlib()
+    report.check_matplotlib()
     parts = digits()
     torch.manual_seed(0)
     model = trained(network(8, 3) if small else network(), parts.train, epochs=3 if small else 12, progress=progress)
@@ -144,8 +144,8 @@ def run(
         on_test = curve.on(way.ee.record(parts.test, progress))
         found = way.ee.evaluate(parts.test, progress)
         used = f"{int((found.exits[:-1] > 0).sum())} of {len(way.ee.exit_names)}"
-        time = report.measured(way.ee, images, {"set": point.thresholds}, progress=progress)["set"]
-        rows.append(Compared(way.name, found.accuracy, found.flops, time, used, on_test))
+        time = report.measure_times(way.ee, images, {"set": point.thresholds}, progress=progress)["set"]
+        rows.append(ComparisonRow(way.name, found.accuracy, found.flops, time, used, on_test))
     report.write(
         Path(out),
         ways[-1].ee,
@@ -176,10 +176,10 @@ def _ways(model: nn.Module, parts: Digits, epochs: int, progress: bool) -> list[
     ]
 
 
-def _network_alone(model: nn.Module, batches: data.Batches) -> Compared:
+def _network_alone(model: nn.Module, batches: data.Batches) -> ComparisonRow:
     right = count = 0
     with torch.inference_mode():
         for images, labels in batches:
             right += int((model(images).argmax(1) == labels).sum())
             count += len(labels)
-    return Compared("the network alone", right / count, 1.0, Ratio(1.0, 1.0, 1.0))
+    return ComparisonRow("the network alone", right / count, 1.0, Ratio(1.0, 1.0, 1.0))
