@@ -14,7 +14,10 @@ from pathlib import Path
 FAT_BINARY = struct.Struct("<IHHQ")  # magic, version, size of this header, size of all pieces
 MAGIC = 0xBA55ED50
 PIECE = struct.Struct("<HHIQ12xI")  # kind, version, size of this header, size of what follows; architecture
-KERNELS = "direct_sums|gemm_products|gemm_answers|answer_scores|cell_statistics|pair_statistics|kept_rows|count_kept|gather_rows"
+KERNELS = (
+    "direct_sums|gemm_products|gemm_answers|answer_scores|cell_statistics|pair_statistics|kept_rows|count_kept|"
+    "gather_rows"
+)
 ENDS = ("gemm_answers", "answer_scores")  # short ones, whose double square roots are calls of a function
 KINDS = {1: "ptx", 2: "sm"}
 

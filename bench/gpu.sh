@@ -2,12 +2,13 @@
 # All that needs a GPU, in one call of less than 9 minutes: build, tests, compute-sanitizer, benchmarks.
 #
 #   bash bench/gpu.sh RESULTS             a directory for logs, JSON and tables
-#   bash bench/gpu.sh --dry-run RESULTS   without GPU and compiler: goes through the motions on the CPU
+#   bash bench/gpu.sh --dry-run RESULTS   without GPU and compiler: small problems on the CPU, to try the script
 #
 # Works in the checkout: builds e2cm_ext in place, downloads nothing. Wants python3 with torch, pybind11, cmake, ninja,
-# pytest and hypothesis, and nvcc. A step that fails or takes too long does not stop the others; what became of each is
-# in RESULTS/steps.json, and the script's own status says whether all went well. GPU_JOBS names a directory of further
-# scripts (*.sh), which get RESULTS as their argument and the time that is left. GPU_SECONDS (default: 530) is the time for all.
+# pytest and hypothesis, and nvcc. A step that fails or takes too long does not stop the others; the outcome of each is
+# in RESULTS/steps.json, and the script's own status says whether all of them passed. GPU_JOBS names a directory of
+# further scripts (*.sh), which get RESULTS as their argument and the time that is left. GPU_SECONDS (default: 530) is
+# the time for all.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,6 +22,7 @@ mkdir -p "$1" || exit 2
 results=$(cd "$1" && pwd)
 budget=${GPU_SECONDS:-530} failed=0 lines=()
 python=${PYTHON:-python3}
+bench=("$python" -m bench)
 
 # step NAME SECONDS COMMAND...: at most that long, and no longer than the budget lasts.
 step() {
@@ -51,12 +53,12 @@ if [ "$dry" = 1 ]; then
   tests=(env PYTHONSAFEPATH=1 "$python" -m pytest -q -p no:cacheprovider)  # of the e2cm_ext that is installed
   step machine 300 "$python" -c 'import torch; print(torch.__version__, "no GPU")'
   step tests 300 "${tests[@]}" tests/test_build.py
-  step memcheck 300 "${tests[@]}" tests/test_ops.py -k by_hand
-  step kernels 300 "$python" bench/kernels.py --device cuda --dry-run --seconds 0.01 --json "$results/kernels.json"
+  step memcheck 300 "${tests[@]}" tests/ops/test_ops.py -k by_hand
+  step gpu_kernels 300 "${bench[@]}" gpu_kernels --dry-run --seconds 0.01 --json "$results/gpu_kernels.json"
 else
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
   export HYPOTHESIS_PROFILE=brief
-  tests=("$python" -m pytest -q --maxfail=25 -m cuda -p no:cacheprovider tests/test_cuda.py)
+  tests=("$python" -m pytest -q --maxfail=25 -m cuda -p no:cacheprovider tests/ops/test_cuda.py)
   step machine 30 bash -c 'nvidia-smi; nvcc --version; nproc; '"$python"' -c "import torch; print(torch.__version__)"'
   # The architecture at hand alone: the others are built where there is more time.
   arch=$("$python" -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())))' 2>/dev/null || echo 90)
@@ -71,10 +73,9 @@ else
     step $tool 60 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
       "${tests[@]}" -k "$small"
   done
-  step kernels 120 "$python" bench/kernels.py --device cuda --json "$results/kernels.json"
-  if [ -f bench/end_to_end.py ]; then
-    step end_to_end 100 "$python" bench/end_to_end.py --torchvision resnet50 --device cuda --sizes 256 --rounds 3
-  fi
+  step gpu_kernels 120 "${bench[@]}" gpu_kernels --json "$results/gpu_kernels.json"
+  step end_to_end 100 "${bench[@]}" end_to_end --torchvision resnet50 --device cuda --sizes 256 --rounds 3 \
+    --json "$results/end_to_end.json"
 fi
 if [ -n "${GPU_JOBS:-}" ]; then
   for job in "$GPU_JOBS"/*.sh; do
@@ -87,7 +88,7 @@ results = pathlib.Path(sys.argv[1])
 steps = json.loads((results / "steps.json").read_text())
 lines = ["| step | | s |", "| :-- | :-- | --: |"]
 lines += [f"| {s['step']} | {s['status']} | {s['seconds']} |" for s in steps]
-for name in ("kernels", "end_to_end"):
+for name in ("gpu_kernels", "end_to_end"):
     log = results / f"{name}.log"
     if log.exists():
         lines += ["", *(line for line in log.read_text().splitlines() if line.startswith(("|", "copy")) or "GB/s" in line)]

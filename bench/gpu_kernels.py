@@ -1,28 +1,27 @@
 """The exit step on a GPU, against its copy bandwidth and against what can be written in torch.
 
-    python bench/kernels.py --device cuda
+    python -m bench gpu_kernels
+    python -m bench gpu_kernels --dry-run       # a small problem on the CPU, to try the script
 
-Every call sees features that are not in the second level of cache: copies of them take turns. Times are between two
-events on the stream, ways in another order in every round, medians [10th, 90th percentile] over the rounds. Bandwidth
-counts the features and the class means once, and is held against that of a copy of a GiB, which reads and writes.
+Every call sees features that are not in the second level of cache: copies of them are used in a cycle. Times are
+between two events on the stream, ways in another order in every round, medians [10th, 90th percentile] over the rounds.
+Bandwidth counts the features and the class means once, and is compared with that of a copy of a GiB, which reads and
+writes.
 
 - scores: distances to confidence, prediction and log-probabilities (`ops.class_scores`); rivals do the same: `cdist`,
   and norms with a matrix product (`mm`), both eager and under torch.compile.
-- step: `ops.exit_step`, half of the samples leaving; the host waits to be told how many. gather: `ops.compact` of half.
+- step: `ops.exit_step`, half of the samples leaving; the host waits for the number of survivors. gather: `ops.compact`
+  of half.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import itertools
 import math
-import platform
-import random
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +29,13 @@ from torch import Tensor
 
 import e2cm_ext as e2cm
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from . import common, markdown
+
 SHAPES = [(10, 256, 4096), (10, 256, 16384), (10, 256, 65536), (10, 256, 802816), (100, 256, 16384), (1000, 1024, 2048)]
+SMALL_SHAPES = [(10, 4, 64), (40, 4, 64)]  # of a dry run
 CACHE = 256 << 20  # bytes: more than the second level of any GPU's cache holds
 COPIED = 1 << 30
+RIVALS = ("cdist", "mm")
 Way = Callable[[Tensor], object]
 
 
@@ -44,20 +46,25 @@ class Head(NamedTuple):
     norms: Tensor  # what a rival may prepare
 
 
-def problem(classes: int, batch: int, features: int, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Head]:
-    """Copies of the features, and the head: as behind a ReLU, samples around their means."""
-    g = torch.Generator(device).manual_seed(0)
-    means = torch.randn(classes, features, generator=g, device=device).abs_()
-    own = torch.arange(batch, device=device) % classes
-    x = (means[own] + (0.05 + torch.rand(batch, 1, generator=g, device=device)) * _normal(batch, features, g)).to(dtype)
+# ---- the problem, and the ways to solve it --------------------------------------------------------------------------
+
+
+def make_problem(shape: tuple[int, int, int], dtype: torch.dtype, device: str, cache: int) -> tuple[list[Tensor], Head]:
+    """Copies of the features, together larger than `cache`, and the head: as behind a ReLU, samples around means."""
+    classes, batch, features = shape
+    random_numbers = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random_numbers, device=device)
+
+    means = normal(classes, features).abs_()
+    labels = torch.arange(batch, device=device) % classes
+    strength = 0.05 + torch.rand(batch, 1, generator=random_numbers, device=device)
+    x = (means[labels] + strength * normal(batch, features)).to(dtype)
     scale = torch.full((classes,), math.sqrt(features) / 2, device=device)
     size = x.numel() * x.element_size()
-    copies = [x] + [x.clone() for _ in range(max(1, math.ceil(CACHE / size)))]
+    copies = [x] + [x.clone() for _ in range(max(1, math.ceil(cache / size)))]
     return copies, Head(means, scale, means.mean(0), means.square().sum(1))
-
-
-def _normal(batch: int, features: int, g: torch.Generator) -> Tensor:
-    return torch.randn(batch, features, generator=g, device=g.device)
 
 
 def answers(distances: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,27 +83,26 @@ def by_mm(x: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     return answers(squares.clamp_min(0).sqrt(), head)
 
 
-def ways(copies: list[Tensor], head: Head) -> dict[str, Way]:
-    x = copies[0]
+def ways_for(x: Tensor, head: Head) -> dict[str, Way]:
     batch, classes = x.shape[0], head.means.shape[0]
     ids, out = torch.arange(batch, device=x.device), e2cm.Decisions.empty(batch, classes, x.device)
     threshold = float(e2cm.ops.class_scores(x, head.means, head.scale, head.center).confidence.median())
     keep = torch.arange(batch, device=x.device) % 2 == 0
-    found: dict[str, Way] = {
+    ways: dict[str, Way] = {
         "scores": lambda x: e2cm.ops.class_scores(x, head.means, head.scale, head.center),
         "step": lambda x: e2cm.ops.exit_step(x, head.means, head.scale, threshold, ids, out, head.center),
         "gather": lambda x: e2cm.ops.compact(x, keep),
     }
-    for name, function in (("cdist", by_cdist), ("mm", by_mm)):
-        found[name] = lambda x, f=function: f(x, head)  # type: ignore[misc]
+    for name, function in zip(RIVALS, (by_cdist, by_mm), strict=True):
+        ways[name] = lambda x, f=function: f(x, head)  # type: ignore[misc]
         compiled = torch.compile(function, dynamic=False, backend="inductor" if x.is_cuda else "eager")
         try:
             compiled(x, head)
         except Exception as error:  # no compiler on this machine: then it is no rival
             print(f"no compiled {name}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
             continue
-        found[f"{name} compiled"] = lambda x, f=compiled: f(x, head)  # type: ignore[misc]
-    return found
+        ways[f"{name} compiled"] = lambda x, f=compiled: f(x, head)  # type: ignore[misc]
+    return ways
 
 
 def check(x: Tensor, head: Head) -> float:
@@ -106,6 +112,9 @@ def check(x: Tensor, head: Head) -> float:
     error = (e2cm.ops.class_distances(x, head.means, head.center)[:8].double() / true - 1).abs().max()
     assert error < 1e-5, f"distances are off by {error:.1e}"
     return float(error)
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
 
 
 def microseconds(way: Way, inputs: Iterator[Tensor], calls: int) -> float:
@@ -123,44 +132,34 @@ def microseconds(way: Way, inputs: Iterator[Tensor], calls: int) -> float:
     return float(begin.elapsed_time(end)) * 1e3 / calls
 
 
-def in_turn(copies: list[Tensor]) -> Iterator[Tensor]:
-    while True:
-        yield from copies
+def measure_ways(ways: dict[str, Way], copies: list[Tensor], seconds: float) -> dict[str, dict[str, float]]:
+    """Microseconds of every way."""
+    inputs = itertools.cycle(copies)
 
-
-def spread(values: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[-1]}
-
-
-def rounds_of(found: dict[str, Way], copies: list[Tensor], seconds: float) -> dict[str, dict[str, float]]:
-    inputs, order, shuffle = in_turn(copies), list(found), random.Random(0).shuffle
-    samples: dict[str, list[float]] = {name: [] for name in found}
-    for way in found.values():
+    def sampler(way: Way) -> Callable[[], float]:
         for _ in range(3):
             way(next(inputs))
-    calls = {name: max(1, min(50, int(2e4 / microseconds(way, inputs, 2)))) for name, way in found.items()}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[order[0]]) < 5:
-        shuffle(order)
-        for name in order:
-            samples[name].append(microseconds(found[name], inputs, calls[name]))
-    return {name: spread(values) for name, values in samples.items()}
+        calls = max(1, min(50, int(2e4 / microseconds(way, inputs, 2))))
+        return lambda: microseconds(way, inputs, calls)
+
+    samples = common.shuffled_rounds({name: sampler(way) for name, way in ways.items()}, seconds)
+    return {name: common.spread(values) for name, values in samples.items()}
 
 
 def copy_bandwidth(device: str, size: int) -> dict[str, float]:
+    """GB/s, of reading and writing."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    times = [microseconds(lambda x: target.copy_(x), in_turn([source]), 3) for _ in range(12)][2:]
-    return spread([2 * size / t / 1e3 for t in times])  # GB/s
+    times = [microseconds(lambda x: target.copy_(x), itertools.cycle([source]), 3) for _ in range(12)][2:]
+    return common.spread([2 * size / t / 1e3 for t in times])
 
 
-def measure(shape: tuple[int, int, int], dtype: str, seconds: float, device: str, copy: float) -> dict[str, Any]:
-    copies, head = problem(*shape, DTYPES[dtype], device)
+def measure_point(shape: tuple[int, int, int], dtype: str, options: argparse.Namespace, copy: float) -> dict[str, Any]:
+    copies, head = make_problem(shape, common.DTYPES[dtype], options.device, 1 << 12 if options.dry_run else CACHE)
     x = copies[0]
     error = check(x, head)
-    times = rounds_of(ways(copies, head), copies, seconds)
-    read = x.numel() * x.element_size() + head.means.numel() * 4
-    rivals = {name: t["median"] for name, t in times.items() if name.startswith(("cdist", "mm"))}
+    times = measure_ways(ways_for(x, head), copies, options.seconds)
+    features = x.numel() * x.element_size()
+    rivals = {name: t["median"] for name, t in times.items() if name.startswith(RIVALS)}
     best = min(rivals, key=rivals.__getitem__)
     ours = times["scores"]["median"]
     return {
@@ -170,60 +169,66 @@ def measure(shape: tuple[int, int, int], dtype: str, seconds: float, device: str
         "dtype": dtype,
         "microseconds": times,
         "distance_error": error,
-        "share_of_copy": read / ours / 1e3 / copy,
+        "share_of_copy": (features + head.means.numel() * 4) / ours / 1e3 / copy,
         "best_rival": best,
         "ratio": rivals[best] / ours,
         # Half of the features, read and written.
-        "gather_share_of_copy": x.numel() * x.element_size() / times["gather"]["median"] / 1e3 / copy,
+        "gather_share_of_copy": features / times["gather"]["median"] / 1e3 / copy,
     }
 
 
-def report(result: dict[str, Any]) -> str:
-    copy = result["copy_gigabytes_per_second"]
-    lines = [
-        f"{result['device']}, torch {result['torch']}, {result['date'][:10]}, copy {copy['median']:.0f} GB/s: "
-        f"`{result['command']}`",
-        "",
-        "| shape | scores µs | of copy bandwidth | best rival | µs | ratio | step µs | gather, of copy |",
-        "| :-- | --: | --: | --: | --: | --: | --: | --: |",
+def measure_all(options: argparse.Namespace, copy: float) -> list[dict[str, Any]]:
+    points = []
+    for shape in SMALL_SHAPES if options.dry_run else SHAPES:
+        for dtype in options.dtypes:
+            torch.compiler.reset()
+            points.append(measure_point(shape, dtype, options, copy))
+            print(f"{shape} {dtype}: done", file=sys.stderr)
+    return points
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def format_report(result: dict[str, Any]) -> str:
+    about, copy = result["provenance"], result["copy_gigabytes_per_second"]["median"]
+    device = about["gpu"] or "no GPU: these numbers mean nothing"
+    header = ["shape", "scores µs", "of copy bandwidth", "best rival", "µs", "ratio", "step µs", "gather, of copy"]
+    return (
+        f"{device}, torch {about['versions']['torch']}, {about['date'][:10]}, copy {copy:.0f} GB/s: "
+        f"`{about['command']}`\n\n{markdown.table(header, map(point_row, result['points']))}"
+    )
+
+
+def point_row(point: dict[str, Any]) -> list[str]:
+    times = {name: markdown.with_spread(found, 1) for name, found in point["microseconds"].items()}
+    return [
+        f"K={point['classes']}, B={point['batch']}, D={point['features']}, {point['dtype']}",
+        times["scores"],
+        f"{point['share_of_copy']:.0%}",
+        point["best_rival"],
+        times[point["best_rival"]],
+        f"{point['ratio']:.2f}",
+        times["step"],
+        f"{point['gather_share_of_copy']:.0%}",
     ]
-    for p in result["points"]:
-        t = {name: f"{v['median']:.1f} [{v['p10']:.1f}, {v['p90']:.1f}]" for name, v in p["microseconds"].items()}
-        lines.append(
-            f"| K={p['classes']}, B={p['batch']}, D={p['features']}, {p['dtype']} | {t['scores']} | "
-            f"{p['share_of_copy']:.0%} | {p['best_rival']} | {t[p['best_rival']]} | {p['ratio']:.2f} | {t['step']} | "
-            f"{p['gather_share_of_copy']:.0%} |"
-        )
-    return "\n".join(lines)
 
 
-def run(json_path: Path | None, seconds: float, dtypes: list[str], dry_run: bool) -> None:
-    if not dry_run and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no GPU here; --dry-run goes through the motions on the CPU")
-    if not dry_run and not e2cm.build_info()["cuda_archs"]:
-        raise SystemExit("--device cuda: e2cm_ext was built without CUDA; put nvcc on the PATH and install it again")
-    device = "cpu" if dry_run else "cuda"
-    shapes = [(10, 4, 64), (40, 4, 64)] if dry_run else SHAPES
-    global CACHE
-    CACHE = 1 << 12 if dry_run else CACHE
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.argument_parser("gpu_kernels", __doc__, threads=False, seed=False)
+    parser.add_argument("--seconds", type=float, default=1, help="of timing per shape and dtype (default: 1)")
+    parser.add_argument("--dtypes", nargs="+", choices=common.DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--dry-run", action="store_true", help="a small problem on the CPU, to try the script")
+    wanted = parser.parse_args(argv)
+    if not wanted.dry_run and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU here; --dry-run runs a small problem on the CPU")
+    if not wanted.dry_run and not e2cm.build_info()["cuda_archs"]:
+        raise SystemExit("e2cm_ext was built without CUDA; put nvcc on the PATH and install it again")
+    parser.set_defaults(device="cpu" if wanted.dry_run else "cuda")
+    options = common.parse(parser, argv)
     with torch.inference_mode():
-        copy = copy_bandwidth(device, 1 << 16 if dry_run else COPIED)
-        points = []
-        for shape in shapes:
-            for dtype in dtypes:
-                torch.compiler.reset()
-                points.append(measure(shape, dtype, seconds, device, copy["median"]))
-                print(f"{shape} {dtype}: done", file=sys.stderr)
-    result = {
-        "command": " ".join(["python bench/kernels.py", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": "no GPU: these numbers mean nothing" if dry_run else torch.cuda.get_device_name(),
-        "system": platform.platform(),
-        "torch": torch.__version__,
-        "build": e2cm.build_info(),
-        "copy_gigabytes_per_second": copy,
-        "points": points,
-    }
-    print(report(result))
-    if json_path:
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+        copy = copy_bandwidth(options.device, 1 << 16 if options.dry_run else COPIED)
+        points = measure_all(options, copy["median"])
+    result = {"copy_gigabytes_per_second": copy, "points": points}
+    print(format_report({"provenance": options.provenance} | result))
+    common.save(options, result)

@@ -1,7 +1,9 @@
 """What this machine can do at best: the read bandwidth of a working set and the peak of multiply-add.
 
+    python -m bench limits --threads 1
+
 Measured by limits.c, compiled on the spot for this very machine; without a C compiler, by torch.sum and torch.mm, which
-come less close.
+come less close. Other benches compare their times with these limits.
 """
 
 from __future__ import annotations
@@ -14,17 +16,20 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from . import common, markdown
 
 SOURCE = Path(__file__).with_name("limits.c")
 FOR_THIS_MACHINE = (["-march=native"], ["-mcpu=native"], [])
 PROBE_SECONDS = 0.004
 REST_SECONDS = 0.02  # OpenMP's threads go on spinning for some milliseconds, on cores that a probe needs
 LINE = 64  # threads get whole cache lines
+MEBIBYTE = 1 << 20
 
 _CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 Probe = Callable[[], float]  # runs for about PROBE_SECONDS and returns a rate per second
@@ -152,3 +157,27 @@ def _rate(run: Callable[[int], object], amount: float) -> Probe:
         times *= 2
     times = max(1, round(times * PROBE_SECONDS / took))
     return lambda: amount * times / seconds(times)
+
+
+# ---- the bench ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = common.argument_parser("limits", __doc__, seed=False)
+    parser.add_argument(
+        "--sizes", type=float, nargs="+", default=[0.25, 16, 256], metavar="MIB", help="of working sets"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of which the best counts (default: 5)")
+    options = common.parse(parser, argv)
+    threads = torch.get_num_threads()
+    with Limits(threads) as machine:
+        probes = {size: machine.read(round(size * MEBIBYTE)) for size in options.sizes}
+        peak = machine.multiply_add()
+        reading = {size: max(probe() for _ in range(options.rounds)) / 1e9 for size, probe in probes.items()}
+        gigaflops = max(peak() for _ in range(options.rounds)) / 1e9
+    print(f"{common.processor()}, {threads} threads, measured by {method()}")
+    cells = [[f"{size:g}", f"{rate:.1f}"] for size, rate in reading.items()]
+    print(markdown.table(["MiB", "read, GB/s"], cells, left=0))
+    print(f"multiply-add, float32: {gigaflops:.1f} GFLOP/s")
+    rows = [{"mebibytes": size, "gigabytes_per_second": rate} for size, rate in reading.items()]
+    common.save(options, {"limits_by": method(), "read": rows, "gigaflops": gigaflops})

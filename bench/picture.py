@@ -1,6 +1,6 @@
-"""The picture at the top of the README: accuracy over FLOPs, from figures that curves.py has written.
+"""The figure at the top of the README: accuracy over FLOPs, from results of `python -m bench curves`.
 
-    python bench/picture.py bench/results/curves-resnet56-cifar10.svg
+    python -m bench picture bench/results/curves-resnet56-cifar10.svg
 
 Thresholds come from the training images that heads were not fitted on (from all of them for class means, as in the
 paper), accuracies from the test images: "thresholds from training images" in these files. Nothing is measured here.
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 CURVES = (
@@ -36,7 +34,9 @@ def points(found: dict[str, Any], key: str) -> tuple[list[float], list[float]]:
     return [row["flops"] for row in rows], [row["accuracy"] for row in rows]
 
 
-def draw() -> Figure:
+def draw() -> Any:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for label, name, key, colour in CURVES:
@@ -56,14 +56,13 @@ def draw() -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench picture", description=__doc__, formatter_class=formatter)
     parser.add_argument("out", type=Path, help=".svg or .png")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    import matplotlib
+
     matplotlib.rcParams["svg.hashsalt"] = "e2cm_ext"  # the same file every time
     metadata = {"Date": None} if options.out.suffix == ".svg" else {}
     draw().savefig(options.out, facecolor="white", metadata=metadata)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .clusters import Centres, with_centres, without_centres
-from .data.loader import place_of
+from .data.loader import device_and_dtype
 from .heads import Head, Rule, ensemble, from_config
-from .heads.rules import rule as rule_named
+from .heads.rules import as_rule
 from .runtime.exit_module import ExitModule
 from .stages import Costs, Stages, cut
 from .utils import serialization
@@ -32,7 +32,7 @@ def save(network: ExitModule, path: str | os.PathLike[str]) -> None:
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name!r} of {type(head).__name__} is a {type(value).__name__}; wanted a tensor")
             tensors[f"heads.{j}.{name}"] = value
-    _, dtype = place_of(network.stages)
+    _, dtype = device_and_dtype(network.stages)
     _, centres = without_centres(network.stages)
     if centres is not None:
         tensors |= {"centres.means": centres.means, "centres.spread": centres.spread}
@@ -64,7 +64,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, rule: Rule | None, make
     """
     tensors, info = serialization.read(path, _KIND)
     decide = _saved_rule(path, info["rule"], rule)
-    device, own = place_of(model)
+    device, own = device_and_dtype(model)
     saved = getattr(torch, info["image_dtype"].removeprefix("torch."))
     dtype = own if saved.is_floating_point else saved
     stages = _cut_again(path, model, torch.zeros(1, *info["image_shape"], dtype=dtype, device=device), info["exits"])
@@ -114,7 +114,7 @@ def _saved_rule(path: str | os.PathLike[str], name: str, given: Rule | None) -> 
             raise ValueError(f"`rule` is {given.name!r}; {path} was saved with the rule {name!r}")
         return given
     try:
-        return rule_named(name)
+        return as_rule(name)
     except ValueError:
         raise ValueError(f"{path} was saved with the rule {name!r}, which is not one of ours: give rule=...") from None
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .data.loader import Loader, place_of, refuse_used_up
-from .heads.base import in_own_dtype, positive, refuse_non_finite
+from .data.loader import Loader, check_reiterable, device_and_dtype
+from .heads.base import keep_dtype, positive_int, refuse_non_finite
 from .stages import Stages
 from .utils import distributed
 
@@ -64,7 +64,7 @@ class Centres(nn.Module):
         return (-(distances.square() / self.spread).log1p()).log_softmax(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(in_own_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -102,12 +102,12 @@ def without_centres(stages: Stages) -> tuple[Stages, Centres | None]:
 
 def clustered_stages(stages: Stages, loader: Loader, clusters: int) -> Stages:
     """The same network, answering with clusters of what it answers for the loader's images. Of all processes."""
-    refuse_used_up(loader, 2)
+    check_reiterable(loader, 2)
     with distributed.synchronize_errors("fit"):
         mine = sample(stages(images) for images in loader.images("clusters") if len(images))
     rows = distributed.all_gather_objects(mine)
     centres = distributed.broadcast_from_rank0(lambda: centres_of(torch.cat(rows), clusters))
-    device, _ = place_of(stages)
+    device, _ = device_and_dtype(stages)
     return with_centres(stages, centres.to(device))
 
 
@@ -128,7 +128,7 @@ def sample(batches: Iterable[Tensor], most: int = 20_000, seed: int = 0) -> Tens
 
 def k_means(rows: Tensor, clusters: int, seed: int = 0, starts: int = _STARTS) -> tuple[Tensor, Tensor]:
     """Centres [K, D] of rows [N, D], and which of them is the nearest to each row: the best of several starts."""
-    positive("clusters", clusters)
+    positive_int("clusters", clusters)
     if not len(rows):
         raise ValueError("the loader gave no sample: all its batches are empty")
     if len(torch.unique(rows, dim=0)) < clusters:

@@ -32,13 +32,13 @@ from .calibration.evaluation import Evaluation
 from .calibration.guarantee import RiskKind
 from .calibration.target import Target, refuse_foreign
 from .clusters import clustered_stages, with_centres, without_centres
-from .data.loader import no_labels, place_of, placed, refuse_train_mode
+from .data.loader import device_and_dtype, dummy_labels, refuse_train_mode, to_network
 from .data.overlap import FittedImages
 from .deploy.exporter import ExportSpec, Format, export
 from .heads import Head, Rule, build, fitting, from_config
-from .heads.base import positive
+from .heads.base import positive_int
 from .heads.ensemble import Combination
-from .heads.rules import rule as rule_named
+from .heads.rules import as_rule
 from .runtime.compaction_policy import CompactionPolicy
 from .runtime.exit_module import ExitModule
 from .stages import Costs, Stages, at_exits, cut, feature_shapes, stage_flops
@@ -110,14 +110,14 @@ class EarlyExit(ExitModule):
         rule: str | Rule = "confidence",
         memory: int = 256 << 20,
     ) -> None:
-        decide = rule_named(rule)
+        decide = as_rule(rule)
         if isinstance(model, EarlyExit):
             raise TypeError(
                 "`model` is an EarlyExit, which has its exits; wanted the network itself, or for fewer of these exits "
                 "`select` or `at_exits`"
             )
         stages = cut(model, example_input, exits)
-        if isinstance(head, str) and place_of(stages)[1] is torch.float64:
+        if isinstance(head, str) and device_and_dtype(stages)[1] is torch.float64:
             raise TypeError("`model` is torch.float64; exits take float32, bfloat16 or float16: call model.float()")
         shapes, found = feature_shapes(stages, example_input[:1])
         if num_classes not in (None, found):
@@ -182,7 +182,7 @@ class EarlyExit(ExitModule):
         if labels is not None and clusters is not None:
             raise TypeError("`clusters` are found where there are no labels: give labels=None with it")
         if clusters is not None:
-            positive("clusters", clusters)
+            positive_int("clusters", clusters)
         stages, heads = self._answering(loader, clusters, progress)
         own = None if labels is not None else lambda images: stages(images).argmax(1)
         ready = self.batches(loader, progress, own)._replace(num_classes=heads[0].num_classes)
@@ -204,7 +204,7 @@ class EarlyExit(ExitModule):
         if clusters is None and before is None:
             return stages, self.head_list()
         example = torch.zeros(1, *self.image_shape, dtype=self.image_dtype)
-        _, count = feature_shapes(stages, placed(example, stages))
+        _, count = feature_shapes(stages, to_network(example, stages))
         device = self.thresholds.device
         return stages, [from_config(h.config() | {"num_classes": count}).to(device) for h in self.head_list()]
 
@@ -221,7 +221,7 @@ class EarlyExit(ExitModule):
         """
         refuse_train_mode(self, "record")
         self.check_fitted()
-        ready = self.batches(loader, progress, None if self.labelled else no_labels)
+        ready = self.batches(loader, progress, None if self.labelled else dummy_labels)
         found = recording.record(self, ready, self._fitted_images)
         return found if self.labelled else replace(found, label=found.prediction[:, -1].long())
 
@@ -311,7 +311,7 @@ class EarlyExit(ExitModule):
             repeats: Rounds; the median counts.
             progress: Show a progress bar.
         """
-        batch = placed(images, self.stages)
+        batch = to_network(images, self.stages)
         self.check_images(batch)
         self.check_fitted()
         found = profiler.measure(self, batch, batch_size=batch_size, repeats=repeats, progress=progress)

@@ -50,24 +50,6 @@ struct Vec {
     const __m256i high = first < 4 ? middle : _mm256_castps_si256(b.v);
     return {_mm256_castsi256_ps(_mm256_alignr_epi8(high, low, first % 4 * 4))};
   }
-  static void transpose(Vec (&a)[lanes]) {
-    __m256 b[lanes];
-    for (int i = 0; i < lanes; i += 2) {
-      b[i] = _mm256_unpacklo_ps(a[i].v, a[i + 1].v);
-      b[i + 1] = _mm256_unpackhi_ps(a[i].v, a[i + 1].v);
-    }
-    __m256 c[lanes];
-    for (int i = 0; i < lanes; i += 4) {
-      c[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-      c[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xEE);
-      c[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-      c[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
-    }
-    for (int i = 0; i < 4; ++i) {
-      a[i].v = _mm256_permute2f128_ps(c[i], c[i + 4], 0x20);
-      a[i + 4].v = _mm256_permute2f128_ps(c[i], c[i + 4], 0x31);
-    }
-  }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
@@ -75,6 +57,25 @@ struct Vec {
     _mm_store_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
   }
 };
+
+inline void transpose_square(Vec (&a)[Vec::lanes]) {
+  __m256 b[Vec::lanes];
+  for (int i = 0; i < Vec::lanes; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i].v, a[i + 1].v);
+    b[i + 1] = _mm256_unpackhi_ps(a[i].v, a[i + 1].v);
+  }
+  __m256 c[Vec::lanes];
+  for (int i = 0; i < Vec::lanes; i += 4) {
+    c[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    c[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xEE);
+    c[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    c[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i].v = _mm256_permute2f128_ps(c[i], c[i + 4], 0x20);
+    a[i + 4].v = _mm256_permute2f128_ps(c[i], c[i + 4], 0x31);
+  }
+}
 
 }  // namespace
 }  // namespace e2cm

@@ -49,30 +49,6 @@ struct Vec {
   static Vec align(Vec a, Vec b) {
     return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b.v), _mm512_castps_si512(a.v), first))};
   }
-  static void transpose(Vec (&a)[lanes]) {
-    __m512 b[lanes];
-    E2CM_UNROLL for (int i = 0; i < lanes; i += 2) {  // pairs, fours, then the quarters of the registers
-      b[i] = _mm512_unpacklo_ps(a[i].v, a[i + 1].v);
-      b[i + 1] = _mm512_unpackhi_ps(a[i].v, a[i + 1].v);
-    }
-    __m512 c[lanes];
-    E2CM_UNROLL for (int i = 0; i < lanes; i += 4) {
-      c[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
-      c[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xEE);
-      c[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-      c[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
-    }
-    E2CM_UNROLL for (int i = 0; i < 4; ++i) {
-      const __m512 even_low = _mm512_shuffle_f32x4(c[i], c[i + 4], 0x88);
-      const __m512 odd_low = _mm512_shuffle_f32x4(c[i], c[i + 4], 0xDD);
-      const __m512 even_high = _mm512_shuffle_f32x4(c[i + 8], c[i + 12], 0x88);
-      const __m512 odd_high = _mm512_shuffle_f32x4(c[i + 8], c[i + 12], 0xDD);
-      a[i].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
-      a[i + 4].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-      a[i + 8].v = _mm512_shuffle_f32x4(even_low, even_high, 0xDD);
-      a[i + 12].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xDD);
-    }
-  }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
@@ -81,6 +57,31 @@ struct Vec {
     _mm_store_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
 };
+
+inline void transpose_square(Vec (&a)[Vec::lanes]) {
+  __m512 b[Vec::lanes];
+  E2CM_UNROLL for (int i = 0; i < Vec::lanes; i += 2) {  // pairs, fours, then the quarters of the registers
+    b[i] = _mm512_unpacklo_ps(a[i].v, a[i + 1].v);
+    b[i + 1] = _mm512_unpackhi_ps(a[i].v, a[i + 1].v);
+  }
+  __m512 c[Vec::lanes];
+  E2CM_UNROLL for (int i = 0; i < Vec::lanes; i += 4) {
+    c[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+    c[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xEE);
+    c[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    c[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
+  }
+  E2CM_UNROLL for (int i = 0; i < 4; ++i) {
+    const __m512 even_low = _mm512_shuffle_f32x4(c[i], c[i + 4], 0x88);
+    const __m512 odd_low = _mm512_shuffle_f32x4(c[i], c[i + 4], 0xDD);
+    const __m512 even_high = _mm512_shuffle_f32x4(c[i + 8], c[i + 12], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(c[i + 8], c[i + 12], 0xDD);
+    a[i].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    a[i + 4].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    a[i + 8].v = _mm512_shuffle_f32x4(even_low, even_high, 0xDD);
+    a[i + 12].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xDD);
+  }
+}
 
 }  // namespace
 }  // namespace e2cm

@@ -74,7 +74,7 @@ void pack_transposed(const Source* source, int64_t stride, int64_t mean_count, V
   E2CM_UNROLL for (int k = 0; k < Vec::lanes; ++k) {
     square[k] = k < mean_count ? Vec::sub(Vec::load_as(source + k * stride), center) : Vec::zero();
   }
-  Vec::transpose(square);
+  transpose_square(square);
   E2CM_UNROLL for (int i = 0; i < Vec::lanes; ++i) {
     if (i < n) Vec::store(panel + i * width, square[i]);
     norms = Vec::fma(square[i], square[i], norms);
@@ -162,6 +162,15 @@ GemmTile select_gemm_tile(int64_t rows) {
   }
 }
 
+// The rows that one tile prefetches, one per chain.
+PrefetchQueue take_rows(PrefetchQueue& queue) {
+  constexpr int64_t count = kBlock / kChain;
+  const PrefetchQueue taken = queue;
+  queue.address += count * queue.row_stride;
+  queue.rows -= count;
+  return taken;
+}
+
 void add_products(const float* rows, int64_t row_count, const float* panel, int64_t mean_count, int64_t n,
                   double* products, int64_t ld, PrefetchQueue& next_means, PrefetchQueue& next_rows) {
   const int64_t tiles = (row_count + kGemmRows - 1) / kGemmRows;
@@ -169,7 +178,7 @@ void add_products(const float* rows, int64_t row_count, const float* panel, int6
     const int64_t begin = row_count * t / tiles, height = row_count * (t + 1) / tiles - begin;
     const GemmTile run = mean_count > Vec::lanes ? select_gemm_tile<2>(height) : select_gemm_tile<1>(height);
     PrefetchQueue& next = next_means.rows > 0 ? next_means : next_rows;
-    run(rows + begin * kScratchStride, panel, n, products + begin * ld, ld, next.take());
+    run(rows + begin * kScratchStride, panel, n, products + begin * ld, ld, take_rows(next));
   }
 }
 

@@ -31,16 +31,8 @@ constexpr double kMinSquare = 1e-25, kMaxSquare = 1e38;
 
 // Rows of memory of which one block each will be read next. The kernels prefetch some of them per tile.
 struct PrefetchQueue {
-  static constexpr int64_t kRowsPerTile = kBlock / kChain;
   const char* address;
   int64_t rows, row_stride, block_bytes;  // row_stride in bytes
-
-  PrefetchQueue take() {
-    const PrefetchQueue taken = *this;
-    address += kRowsPerTile * row_stride;
-    rows -= kRowsPerTile;
-    return taken;
-  }
 };
 
 // Class vectors for the direct kernels: element i of block b of vector k is data[k * stride + b * block_stride + i],

@@ -9,8 +9,8 @@
 //     select_less(a, b, then, otherwise), select_nan(a, then, otherwise)
 //     add_exponent(a, n)            a * 2^n, n in the low bits
 //     align<first>(a, b)            elements first ... first + lanes - 1 of the concatenation of a and b
-//     transpose(Vec[lanes])
 //     sum4(a, b, c, d, float[4])    the sums over the lanes of each
+//   transpose_square(Vec[lanes])    not a member: in a member, the array would be of an incomplete type
 //   kDirectRows, kDirectSums        rows (a power of two) and accumulators of a register tile of direct.inl
 //   kGemmRows                       rows of a register tile of gemm.inl, which is two vectors wide
 //

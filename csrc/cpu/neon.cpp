@@ -48,17 +48,18 @@ struct Vec {
   static Vec align(Vec a, Vec b) {
     return {vextq_f32(a.v, b.v, first)};
   }
-  static void transpose(Vec (&a)[lanes]) {
-    const float32x4x2_t low = vtrnq_f32(a[0].v, a[1].v), high = vtrnq_f32(a[2].v, a[3].v);
-    a[0].v = vcombine_f32(vget_low_f32(low.val[0]), vget_low_f32(high.val[0]));
-    a[1].v = vcombine_f32(vget_low_f32(low.val[1]), vget_low_f32(high.val[1]));
-    a[2].v = vcombine_f32(vget_high_f32(low.val[0]), vget_high_f32(high.val[0]));
-    a[3].v = vcombine_f32(vget_high_f32(low.val[1]), vget_high_f32(high.val[1]));
-  }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     vst1q_f32(out, vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v)));
   }
 };
+
+inline void transpose_square(Vec (&a)[Vec::lanes]) {
+  const float32x4x2_t low = vtrnq_f32(a[0].v, a[1].v), high = vtrnq_f32(a[2].v, a[3].v);
+  a[0].v = vcombine_f32(vget_low_f32(low.val[0]), vget_low_f32(high.val[0]));
+  a[1].v = vcombine_f32(vget_low_f32(low.val[1]), vget_low_f32(high.val[1]));
+  a[2].v = vcombine_f32(vget_high_f32(low.val[0]), vget_high_f32(high.val[0]));
+  a[3].v = vcombine_f32(vget_high_f32(low.val[1]), vget_high_f32(high.val[1]));
+}
 
 }  // namespace
 }  // namespace e2cm

@@ -67,14 +67,15 @@ struct Vec {
     for (int i = 0; i < lanes; ++i) a.v[i] = first + i < lanes ? a.v[first + i] : b.v[first + i - lanes];
     return a;
   }
-  static void transpose(Vec (&a)[lanes]) {
-    for (int i = 0; i < lanes; ++i)
-      for (int j = 0; j < i; ++j) std::swap(a[i].v[j], a[j].v[i]);
-  }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
   }
 };
+
+inline void transpose_square(Vec (&a)[Vec::lanes]) {
+  for (int i = 0; i < Vec::lanes; ++i)
+    for (int j = 0; j < i; ++j) std::swap(a[i].v[j], a[j].v[i]);
+}
 
 }  // namespace
 }  // namespace e2cm

@@ -12,7 +12,7 @@ void load_transposed(const Source* source, int64_t stride, int64_t rows, Vec (&s
   E2CM_UNROLL for (int v = 0; v < Vec::lanes; ++v) {
     square[v] = v < rows ? Vec::load_as(source + v * stride) : Vec::zero();
   }
-  Vec::transpose(square);
+  transpose_square(square);
 }
 
 // Fewer rows than lanes, a contiguous target: what a vector writes too much is overwritten by the next one.

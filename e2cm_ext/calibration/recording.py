@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..data.loader import Loader
-from ..data.overlap import FittedImages, numbers_of
-from ..heads.ensemble import combined
+from ..data.overlap import FittedImages, image_hashes
+from ..heads.ensemble import combine_at_exit
 from ..heads.protocol import ExitNetwork
 from ..utils import distributed
 from ..utils.warn import warn
@@ -40,7 +40,7 @@ def record(network: ExitNetwork, loader: Loader, fitted_images: FittedImages | N
     if not len(label):
         raise ValueError("the loader gave no sample: all its batches are empty")
     if fitted_images is not None:
-        _warn_of_overlap(fitted_images.share(numbers))
+        _warn_of_overlap(fitted_images.overlap(numbers))
     known_costs = next(found for found in distributed.all_gather_objects(local_costs) if found is not None)
     return Record(confidence, predictions, label, known_costs, network.rule.name)
 
@@ -52,7 +52,7 @@ def _record_local(network: ExitNetwork, loader: Loader) -> tuple[tuple[Tensor, T
     rows = [(none.new_empty(0, columns).float(), none.new_empty(0, columns).int(), none)]
     numbers = [none]
     for images, labels in loader.run("record"):
-        numbers.append(numbers_of(images))
+        numbers.append(image_hashes(images))
         certainty, prediction = _score_batch(network, images)
         rows.append((certainty.cpu(), prediction.cpu(), labels.cpu()))
     confidence, predictions, label = (torch.cat(column) for column in zip(*rows, strict=True))
@@ -72,7 +72,7 @@ def _score_batch(network: ExitNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
         if combination is None:
             certainty[:, j], prediction[:, j] = heads[j].score(x, rule)
         else:
-            log_probs, certainty[:, j], memory = combined(combination, heads[j], rule, x, memory, j)
+            log_probs, certainty[:, j], memory = combine_at_exit(combination, heads[j], rule, x, memory, j)
             prediction[:, j] = log_probs.argmax(1)
 
     logits = network.walk(images, score, logits=True)

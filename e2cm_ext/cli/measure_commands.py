@@ -13,7 +13,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from .. import report
-from ..data.loader import placed
+from ..data.loader import to_network
 from ..utils import serialization, timing
 from .options import (
     Inputs,
@@ -182,7 +182,7 @@ def bench(file: Path, rounds: int, batches: int, **options: Any) -> None:
     inputs = Inputs.from_options(options)
     ee = inputs.load_exits(file)
     size = options["batch_size"]
-    images = placed(report.first_images(inputs.batches(), size * batches), inputs.model)
+    images = to_network(report.first_images(inputs.batches(), size * batches), inputs.model)
     image_batches = torch.split(images, size)
 
     def batch_by_batch(predict: Callable[[Tensor], Any]) -> Callable[[], None]:

@@ -1,9 +1,9 @@
-"""Which images the heads were fitted on, as far as a few numbers can tell: exits look better on these than on others.
+"""Overlap between the images that heads were fitted on and other images, estimated from a small sample of hashes.
 
-An image becomes a number, made of the bits of at most 256 of its values. Of all the numbers seen the smallest 1,024 are
-kept, whatever the order they came in: a random sample of the images. Where later images have numbers as small as these,
-they are either among them or new, and so tell how many of all of them are new. It takes the very same values: of a
-loader that augments its images at random, nothing is recognised.
+Exits look better on images that they were fitted on. Every image is hashed, from the bits of at most 256 of its values.
+Of all hashes the smallest 1,024 are kept, in whatever order the images come: a random sample of the images. Other
+images with hashes as small as these are either among the fitted images or new, so they tell how large the overlap is.
+Only exactly equal values are recognised: augmented images always look new.
 """
 
 from __future__ import annotations
@@ -11,45 +11,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FittedImages"]
+__all__ = ["FittedImages", "image_hashes"]
 
-_KEPT = 1024
-_VALUES = 256
+_MAX_HASHES = 1024
+_MAX_VALUES = 256  # of an image
 
 
 class FittedImages:
-    """The images of a loader, in small."""
+    """A sample of the hashes of the images that heads were fitted on."""
 
     def __init__(self) -> None:
-        self._kept = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._all = True  # none has been left out
+        self._hashes = torch.empty(0, dtype=torch.int64, device="cpu")  # sorted
+        self._complete = True  # no hash has been dropped
 
     def add(self, images: Tensor) -> None:
-        numbers = torch.cat([self._kept, numbers_of(images)]).sort().values
-        self._kept = numbers[:_KEPT]
-        self._all = self._all and len(numbers) <= _KEPT
+        """Add a batch of images [B, ...]."""
+        self._keep_smallest(image_hashes(images))
 
     @classmethod
     def merge(cls, parts: list[FittedImages]) -> FittedImages:
-        """The images of several loaders."""
-        seen = cls()
-        numbers = torch.cat([part._kept for part in parts]).sort().values
-        seen._kept = numbers[:_KEPT]
-        seen._all = all(part._all for part in parts) and len(numbers) <= _KEPT
-        return seen
+        """Combine the images of several loaders."""
+        merged = cls()
+        merged._keep_smallest(torch.cat([part._hashes for part in parts]))
+        merged._complete = merged._complete and all(part._complete for part in parts)
+        return merged
 
-    def share(self, numbers: Tensor) -> float:
-        """Of the images with these numbers, how many are among the seen; NaN if that cannot be said."""
-        known = numbers if self._all else numbers[numbers <= self._kept[-1]]
-        return float(torch.isin(known, self._kept).double().mean())
+    def _keep_smallest(self, hashes: Tensor) -> None:
+        hashes = torch.cat([self._hashes, hashes]).sort().values
+        self._hashes = hashes[:_MAX_HASHES]
+        self._complete = self._complete and len(hashes) <= _MAX_HASHES
+
+    def overlap(self, hashes: Tensor) -> float:
+        """Estimate how many of other images are among the fitted ones.
+
+        Args:
+            hashes: `image_hashes` of the other images.
+
+        Returns:
+            A fraction from 0 to 1; NaN if no hash is small enough to tell.
+        """
+        comparable = hashes if self._complete else hashes[hashes <= self._hashes[-1]]
+        return float(torch.isin(comparable, self._hashes).double().mean())
 
 
-def numbers_of(images: Tensor) -> Tensor:
-    """[B] int64: evenly spread, and the same for the same image."""
+def image_hashes(images: Tensor) -> Tensor:
+    """Hash every image of a batch.
+
+    Args:
+        images: [B, ...] in any dtype and memory format.
+
+    Returns:
+        [B] int64, spread evenly; equal for equal images.
+    """
     values = images.detach().flatten(1)
-    step = max(1, values.shape[1] // _VALUES)
-    values = values[:, ::step][:, :_VALUES].contiguous().cpu()
+    step = max(1, values.shape[1] // _MAX_VALUES)
+    values = values[:, ::step][:, :_MAX_VALUES].contiguous().cpu()
     bits = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]).long()
     factors = torch.randint(2**62, (bits.shape[1],), generator=torch.Generator().manual_seed(0), device="cpu")
-    mixed = (bits * (2 * factors + 1)).sum(1)  # beyond 64 bits, they wrap around
+    mixed = (bits * (2 * factors + 1)).sum(1)  # wraps around at 64 bits
     return (mixed ^ mixed >> 32) * 0x3F58476D1CE4E5B9

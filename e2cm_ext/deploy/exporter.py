@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.loader import place_of
+from ..data.loader import device_and_dtype
 from ..heads import Head, Rule
 from ..native import build_info
 from ..runner import FORMAT, KIND, MANIFEST, OUTPUTS
@@ -76,7 +76,7 @@ def export(
     if format not in _ENDINGS:
         raise ValueError(f"`format` is {format!r}; wanted {', '.join(map(repr, _ENDINGS))}")
     write = _writer(format)
-    device, dtype = place_of(spec.stages)
+    device, dtype = device_and_dtype(spec.stages)
     if format == "onnx" and dtype is not torch.float32:
         raise ValueError(f"the network is {dtype}; ONNX Runtime wants torch.float32: call .float() first")
     # Two samples: an exporter takes a size of 1 for a constant.

@@ -7,24 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.overlap import FittedImages
 from ..heads import Head, Rule, build
-from ..heads.base import positive
-from ..heads.rules import rule as rule_named
+from ..heads.base import positive_int
+from ..heads.rules import as_rule
+from ..heads.threshold_buffer import ThresholdModule
 from ..ops import validation
 from ..ops.types import Decisions
 from ..runtime.cascade import Cascade
 from .watcher import current_watcher
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = ["FastExit", "State"]
 
 
-class FastExit(nn.Module):
+class FastExit(ThresholdModule, buffer="threshold"):
     """A layer at which samples leave the network, to be called in a forward() of your own.
 
     Call all exits of a network in the order in which they are set up, each once, and pass the state of one to the next;
@@ -88,10 +86,10 @@ class FastExit(nn.Module):
         threshold: float = math.inf,
     ) -> None:
         super().__init__()
-        self.head = build(head, positive("num_classes", num_classes), [_shape(num_features_or_shape)])[0]
-        self.rule = rule_named(rule)
+        self.head = build(head, positive_int("num_classes", num_classes), [_shape(num_features_or_shape)])[0]
+        self.rule = as_rule(rule)
         self.register_buffer("threshold", torch.tensor(math.inf, dtype=torch.float32))
-        self._set(threshold)
+        self.threshold = threshold
         self._fitted_images: FittedImages | None = None  # those of the last fit; not in the state_dict
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -132,23 +130,9 @@ class FastExit(nn.Module):
         @threshold.setter
         def threshold(self, value: Tensor | float) -> None: ...
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "threshold" and name in self._buffers:
-            self._set(value)
-        else:
-            super().__setattr__(name, value)
-
-    @torch.inference_mode(False)
-    def _set(self, value: Any) -> None:
-        limit = validation.threshold_value(value)
-        self._buffers["threshold"] = torch.tensor(limit, dtype=torch.float32, device=self.threshold.device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.threshold
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.threshold.dtype is not torch.float32:  # .half() is for features
-            self._buffers["threshold"] = before.to(self.threshold.device)
-        return self
+    def check_thresholds(self, value: Any) -> Tensor:
+        """Convert a number to [] float32."""
+        return torch.tensor(validation.threshold_value(value), dtype=torch.float32, device="cpu")
 
     def extra_repr(self) -> str:
         return f"rule={self.rule.name!r}, threshold={self.threshold.item():.6g}, fitted={self.head.fitted}"
@@ -188,4 +172,4 @@ def _shape(given: Any) -> tuple[int, ...]:
     sizes = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
     if not sizes:
         raise ValueError("`num_features_or_shape` is empty; wanted 144, or the shape of one sample, such as (8, 7, 7)")
-    return tuple(positive("num_features_or_shape", size) for size in sizes)
+    return tuple(positive_int("num_features_or_shape", size) for size in sizes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..calibration import profiler, recording
 from ..calibration.profile import Profile
 from ..calibration.record import Record
-from ..data.loader import Loader, placed, refuse_train_mode
+from ..data.loader import Loader, refuse_train_mode, to_network
 from ..heads import Head, Rule
 from ..heads.protocol import Visit
 from ..stages import Costs
@@ -86,7 +86,7 @@ class FastExitNetwork:
 
     def profile(self, images: Tensor, batch_size: int, *, repeats: int = 10, progress: bool = True) -> Profile:
         self.check_fitted()
-        batch = placed(images, self.model)
+        batch = to_network(images, self.model)
         return profiler.measure(self, batch, batch_size=batch_size, repeats=repeats, progress=progress)
 
     def check_fitted(self) -> None:

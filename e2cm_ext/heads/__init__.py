@@ -1,4 +1,4 @@
-"""What answers at an exit, and the rules by which samples leave there."""
+"""Heads, which predict classes at an exit, and rules, which decide what samples leave there."""
 
 from ..utils.distributed import all_reduce_sum
 from .base import Head

@@ -1,4 +1,4 @@
-"""Heads by class means: ClassMeans, the paper's, and PooledMeans, the same on averaged features."""
+"""Heads of class means: ClassMeans, the paper's, and PooledMeans, the same on pooled features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..ops import validation
 from ..ops.packing import Packed, Packing
 from ..ops.types import Decisions, Statistics
 from ..utils.distributed import all_reduce_sum
-from .base import Head, in_own_dtype, positive, score_with_rule
+from .base import Head, keep_dtype, positive_int, score_with_rule
 from .rules import Confidence, Entropy, Rule
 
 if TYPE_CHECKING:
@@ -23,31 +23,56 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassMeans", "PooledMeans", "channel_axis"]
 
-_ROWS = 128  # samples that are summed in float32 before the sum goes into a double
-_WIDENED = 1 << 18  # features that are made doubles at a time: more would not stay in the cache
+_FLOAT32_ROWS = 128  # summed in float32 before the sum is added in float64
+_FLOAT64_NUMBERS = 1 << 18  # converted to float64 at once: more would not stay in the cache
 
 
 class ClassMeans(Head, kind="class_means"):
-    """E2CM: softmax over k of -||x - means[k]|| / scale[k]. means[k] is the average of class k's training samples, and
-    scale[k] the average distance of all training samples, not only those of class k, to it (equations 2 to 5 of the
-    paper). Nothing is learned by gradient descent.
+    """The head of the E2CM paper: distances to the class means of the raw features.
 
-    passes=2 is exact: means in the first pass over the data, distances to them in the second. passes=1 takes the root
-    of the mean *squared* distance for scale, which follows from sums of the first pass alone. (This variant is not the
-    paper's.) It is never the smaller one: it is the exact scale times sqrt(1 + (s/m)^2), with s the standard deviation
-    and m the mean of the distances to that class. On the pixels of scikit-learn's digits that is 1.0% to 2.4% more, by
-    class; the nearest mean is another one for 0.4% of the samples, and no confidence changes by more than 0.002.
+    A sample's score for class k is -||x - means[k]|| / scale[k], and the log-probabilities are the log-softmax of the
+    scores. means[k] is the average of the training samples of class k, and scale[k] the average distance of all
+    training samples, not only those of class k, to it (equations 2 to 5 of the paper).
 
-    Sums are double. Held while fitting: K * D doubles, beside the batch; during an update, up to half as much again.
-    With more than 24 classes, means that are in use on the CPU are held a second time, packed (see ops.pack).
-    Means take the memory order of the features they are fitted on, so that features in that order are compared with
-    them without a copy; `.to(memory_format=...)` converts them. `.half()` and the like leave them in float32, whatever
-    the features are: distances outgrow 16 bits.
+    With passes=1 (ours, not the paper's), scale[k] is the root mean square distance, which follows from sums of one
+    pass. It is never smaller: it is the mean distance times sqrt(1 + (s / m)^2), for distances with mean m and standard
+    deviation s. On the pixels of scikit-learn's digits it is 1.0% to 2.4% larger; 0.4% of the samples get another
+    prediction, and no confidence changes by more than 0.002.
+
+    While it is fitted, the head holds K * D numbers in float64, and half as much again during an update. With more than
+    24 classes, means that are in use on a CPU are held a second time, packed (see `ops.pack`).
+
+    Means take the memory format of the features that they are fitted on, so that inference copies nothing;
+    `.to(memory_format=...)` converts them. They stay float32 under `.half()` and the like, since distances would
+    overflow in 16 bits.
+
+    Args:
+        num_classes: K, the number of classes.
+        feature_shape: Shape of one sample's features.
+        passes: 2: means in the first pass over the data, mean distances in the second. 1: root mean square distances.
+        channels_last: The memory format of the means before a fit.
+
+    Attributes:
+        means: [K, *feature_shape] float32; `center` for a class without samples.
+        scale: [K] float32; NaN for a class without samples, which is never predicted.
+        center: [*feature_shape] float32, the average of the means. It keeps rounding errors small, see
+            `ops.class_distances`.
+
+    Example:
+        import torch
+        from e2cm_ext import ClassMeans
+
+        x, labels = torch.randn(100, 8, 4, 4), torch.arange(100) % 5
+        head = ClassMeans(num_classes=5, feature_shape=(8, 4, 4))
+        for pass_index in range(head.passes):
+            head.update(x, labels, pass_index)
+            head.finish(pass_index)
+        log_probs = head(x)  # [100, 5]
     """
 
-    means: Tensor  # [K, *feature_shape] float32; of a class without samples: the center
-    scale: Tensor  # [K] float32; of a class without samples: NaN, by which the ops never predict it
-    center: Tensor  # [*feature_shape] float32, the average of the means: keeps rounding small, see ops.class_distances
+    means: Tensor
+    scale: Tensor
+    center: Tensor
 
     def __init__(
         self, num_classes: int, feature_shape: Sequence[int], *, passes: int = 2, channels_last: bool = False
@@ -60,22 +85,24 @@ class ClassMeans(Head, kind="class_means"):
         self.register_buffer("means", torch.zeros(self.num_classes, *shape))
         self.register_buffer("scale", torch.full((self.num_classes,), math.nan))
         self.register_buffer("center", torch.zeros(shape))
-        self._store_in_order(channels_last)
+        self._set_memory_format(channels_last)
         self._packing = Packing()
-        self._sums: Tensor | None = None  # [K, *shape] float64 in the memory order of the first batch
-        self._squares: Tensor | None = None  # of all features of all samples, float64
-        self._distances: Tensor | None = None  # [K] float64
+        # All in float64: sums [K, *shape] in the memory format of the first batch, the sum of the squares of all
+        # features, and sums of distances [K].
+        self._sums: Tensor | None = None
+        self._squares: Tensor | None = None
+        self._distances: Tensor | None = None
 
     def _mean_shape(self) -> tuple[int, ...]:
         return self.feature_shape
 
     @property
     def statistics(self) -> Statistics | None:
-        """Of x, in whose place distances are taken of them; None: of x as it is."""
+        """Statistics of x that distances are computed of; None: x itself."""
         return None
 
     def features(self, x: Tensor) -> Tensor:
-        """What distances are taken of."""
+        """Return what distances are computed of, given features [B, *feature_shape]."""
         return x if self.statistics is None else ops.statistics(x, self.statistics)
 
     # ---- fitting ----------------------------------------------------------------------------------------------------
@@ -88,74 +115,75 @@ class ClassMeans(Head, kind="class_means"):
             return
         features = self.features(x)
         if pass_index == 0:
-            self._gather(features, labels)
+            self._add_features(features, labels)
         else:
             distances = ops.class_distances(features, self._packed()).sum(0, dtype=torch.float64)
-            self._distances = _plus(self._distances, distances)
+            self._distances = _add(self._distances, distances)
 
-    def _gather(self, features: Tensor, labels: Tensor) -> None:
+    def _add_features(self, features: Tensor, labels: Tensor) -> None:
         if self._sums is None:
             self._sums = self._zero_sums(validation.is_channels_last(features), features.device)
-        last = validation.is_channels_last(self._sums)
-        sums, rows = _flat(self._sums, last), _flat(features, last)
+        channels_last = validation.is_channels_last(self._sums)
+        sums, rows = _flatten(self._sums, channels_last), _flatten(features, channels_last)
         if self.passes == 1:
-            self._squares = _plus(self._squares, _add_exactly(sums, rows, labels))
+            self._squares = _add(self._squares, _add_rows_float64(sums, rows, labels))
         else:
-            _add(sums, rows, labels)
+            _add_rows(sums, rows, labels)
 
-    def _zero_sums(self, last: bool, device: torch.device) -> Tensor:
+    def _zero_sums(self, channels_last: bool, device: torch.device) -> Tensor:
         classes, *shape = self.means.shape
-        if last:
+        if channels_last:
             return torch.zeros(classes, *shape[1:], shape[0], dtype=torch.float64, device=device).movedim(-1, 1)
         return torch.zeros(classes, *shape, dtype=torch.float64, device=device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, other: Self) -> None:
-        if self._finished and not torch.equal(self.means, other.means.to(self.means.device)):
+        if self._finished_passes and not torch.equal(self.means, other.means.to(self.means.device)):
             raise ValueError("`other` has measured distances to other means; give both heads the same after pass 0")
         super().merge(other)
         for name in ("_sums", "_squares", "_distances"):
             theirs = getattr(other, name)
             if theirs is not None:
-                setattr(self, name, _plus(getattr(self, name), theirs.to(self.means.device, copy=True)))
+                setattr(self, name, _add(getattr(self, name), theirs.to(self.means.device, copy=True)))
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self, pass_index: int) -> None:
         super().finish(pass_index)
         if pass_index == 0:
-            self._make_means()
+            self._compute_means()
         else:
             sums = _or_zeros(self._distances, self.scale)
-            # As many samples as this pass had: not necessarily as many as pass 0.
-            self._set_scale(all_reduce_sum(sums) / self._seen)
+            # This pass may have had another number of samples than pass 0.
+            self._set_scale(all_reduce_sum(sums) / self._pass_samples)
         self._sums = self._squares = self._distances = None
 
-    def _make_means(self) -> None:
-        # All processes must add in the same order; one without samples has none of its own.
+    def _compute_means(self) -> None:
+        # All processes must add in the same memory order; one without samples has none.
         own = self._sums is not None and validation.is_channels_last(self._sums)
-        last = bool(all_reduce_sum(torch.tensor(float(own), device=self.counts.device)))
-        sums = self._zero_sums(last, self.means.device) if self._sums is None else self._sums.to(self.means.device)
-        sums = _in_order(sums, last)
-        all_reduce_sum(_flat(sums, last))
+        channels_last = bool(all_reduce_sum(torch.tensor(float(own), device=self.counts.device)))
+        device = self.means.device
+        sums = self._zero_sums(channels_last, device) if self._sums is None else self._sums.to(device)
+        sums = _to_memory_format(sums, channels_last)
+        all_reduce_sum(_flatten(sums, channels_last))
 
         counts = self.counts
-        samples, exist = counts.sum(), counts > 0
-        overall = sums.sum(0) / samples  # the mean of all samples
-        sums /= counts.clamp(min=1).reshape(-1, *[1] * (sums.dim() - 1))
-        center = sums.sum(0) / exist.sum()  # the sum of a class without samples is 0
-        self._store_in_order(last)
-        self.means.copy_(sums)
+        samples, nonempty = counts.sum(), counts > 0
+        overall = sums.sum(0) / samples
+        means = sums.div_(counts.clamp(min=1).reshape(-1, *[1] * (sums.dim() - 1)))
+        center = means.sum(0) / nonempty.sum()  # means of classes without samples are 0 here
+        self._set_memory_format(channels_last)
+        self.means.copy_(means)
         self.center.copy_(center)
-        self.means[~exist] = self.center
+        self.means[~nonempty] = self.center
         if self.passes == 1:
-            # E ||x - c||^2 = E ||x - overall||^2 + ||overall - c||^2. In double, the first term's cancellation of
-            # E ||x||^2 - ||overall||^2 leaves enough digits until the offset is 10^5 times what varies.
+            # E ||x - c||^2 = E ||x - overall||^2 + ||overall - c||^2. In float64, the cancellation in the first term,
+            # E ||x||^2 - ||overall||^2, leaves enough digits until the offset is 10^5 times the deviations.
             squares = all_reduce_sum(_or_zeros(self._squares, overall.sum()))
-            spread = (squares / samples - overall.square().sum()).clamp(min=0)
-            between = torch.stack([(mean - overall).square().sum() for mean in sums])
-            self._set_scale((spread + between).sqrt())
+            variance = (squares / samples - overall.square().sum()).clamp(min=0)
+            to_means = torch.stack([(mean - overall).square().sum() for mean in means])
+            self._set_scale((variance + to_means).sqrt())
 
     def _set_scale(self, scale: Tensor) -> None:
         self.scale.copy_(scale)
@@ -165,7 +193,7 @@ class ClassMeans(Head, kind="class_means"):
         super().reset()
         self._sums = self._squares = self._distances = None
 
-    # ---- answering --------------------------------------------------------------------------------------------------
+    # ---- inference --------------------------------------------------------------------------------------------------
 
     def _packed(self) -> Packed:
         return self._packing.packed(self.means, self.center)
@@ -193,44 +221,51 @@ class ClassMeans(Head, kind="class_means"):
         if not isinstance(rule, Confidence | Entropy):
             return super().decide(x, threshold, ids, out, rule=rule, exit=exit)
         limit = rule.limit(threshold)
-        distances = ops.class_distances(self.features(x), self._packed())  # only these few numbers are moved
+        distances = ops.class_distances(self.features(x), self._packed())  # [B, K] are moved in place of the features
         return ops.decide(distances, distances, limit, ids, out, scale=self.scale, rule=rule.name, exit=exit)[1]
 
     def flops(self) -> int:
-        """K (3 D - 1), as the paper counts: D differences, D squares and D - 1 additions per class.
+        """Return K (3 D - 1), as the paper counts: D differences, D squares and D - 1 additions per class.
 
         The root, the division by the scale, the softmax and the comparison with the threshold are left out, as there.
         """
         return self.num_classes * (3 * self.center.numel() - 1)
 
-    # ---- keeping ----------------------------------------------------------------------------------------------------
+    # ---- saving -----------------------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"passes": self.passes, "channels_last": validation.is_channels_last(self.means)}
 
-    def _store_in_order(self, last: bool) -> None:
-        self.means = _in_order(self.means, last)
-        self.center = _in_order(self.center[None], last)[0]
+    def _set_memory_format(self, channels_last: bool) -> None:
+        self.means = _to_memory_format(self.means, channels_last)
+        self.center = _to_memory_format(self.center[None], channels_last)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(in_own_dtype(fn), recurse)  # type: ignore[no-untyped-call]
-        self._store_in_order(validation.is_channels_last(self.means))
+        super()._apply(keep_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        self._set_memory_format(validation.is_channels_last(self.means))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         means = state_dict.get(prefix + "means")
         if isinstance(means, Tensor) and validation.is_channels_last(means) and means.shape == self.means.shape:
-            self._store_in_order(True)
+            self._set_memory_format(True)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class PooledMeans(ClassMeans, kind="pooled_means"):
-    """ClassMeans of averaged features: small where raw features are large. (The paper's features are raw.)
+    """ClassMeans of pooled features: smaller than the raw features that the paper takes.
 
-    Feature maps [C, H, W] are averaged over a grid of `grid` x `grid` cells, as equal as can be (see Statistics); a
-    map with fewer rows or columns than the grid keeps those it has. Tokens [N, C] are averaged over N, whatever the
-    grid, and a vector [C] stays as it is. `channels` says which axis of feature_shape holds the channels, 0 or -1: None
-    stands for the first axis of maps and the last of tokens. Networks that keep maps as [H, W, C] need -1.
+    Feature maps [C, H, W] are averaged in the cells of a grid, as equal as possible (see `Statistics`). Tokens [N, C]
+    are averaged over N. Vectors [C] stay as they are.
+
+    Args:
+        num_classes: K, the number of classes.
+        feature_shape: Shape of one sample's features.
+        grid: Cells per axis of a map; fewer if the map has fewer rows or columns. Of no effect on tokens and vectors.
+        channels: The axis of `feature_shape` that holds the channels, 0 or -1. None: the first of maps, the last of
+            tokens. Networks that keep maps as [H, W, C] need -1.
+        passes: As in ClassMeans.
+        channels_last: Of no effect, as pooled features are vectors.
     """
 
     def __init__(
@@ -241,10 +276,10 @@ class PooledMeans(ClassMeans, kind="pooled_means"):
         grid: int = 1,
         channels: int | None = None,
         passes: int = 2,
-        channels_last: bool = False,  # of no meaning here: pooled features are a vector
+        channels_last: bool = False,
     ) -> None:
-        self.grid = positive("grid", grid)
-        self._axis = channel_axis(len(tuple(feature_shape)), channels)
+        self.grid = positive_int("grid", grid)
+        self._channel_axis = channel_axis(len(tuple(feature_shape)), channels)
         super().__init__(num_classes, feature_shape, passes=passes)
 
     def _mean_shape(self) -> tuple[int, ...]:
@@ -253,29 +288,31 @@ class PooledMeans(ClassMeans, kind="pooled_means"):
 
     @cached_property
     def statistics(self) -> Statistics | None:
+        """Averages in the cells of the grid; None for vectors."""
         if len(self.feature_shape) == 1:
             return None
         cells = (1, 1)
         if len(self.feature_shape) == 3:
-            rows, columns = (size for axis, size in enumerate(self.feature_shape) if axis != self._axis)
+            rows, columns = (size for axis, size in enumerate(self.feature_shape) if axis != self._channel_axis)
             cells = (min(self.grid, rows), min(self.grid, columns))
-        return Statistics(mean=cells, channels=0 if self._axis == 0 else -1)
+        return Statistics(mean=cells, channels=0 if self._channel_axis == 0 else -1)
 
     def flops(self) -> int:
-        """K (3 D - 1) for D averages, and one operation for every number of the features, of which these are made."""
+        """Return K (3 D - 1) for D averages, and one operation for every number of the features that are averaged."""
         pooling = 0 if self.statistics is None else self.statistics.flops(self.feature_shape)
         return pooling + super().flops()
 
     def config(self) -> dict[str, Any]:
-        config = super().config() | {"grid": self.grid, "channels": self._axis}
+        config = super().config() | {"grid": self.grid, "channels": self._channel_axis}
         del config["channels_last"]
         return config
 
 
-# ---- small parts -----------------------------------------------------------------------------------------------------
+# ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
 def channel_axis(dims: int, channels: int | None) -> int:
+    """Return the axis that holds the channels of features with so many axes, counted from 0."""
     if dims not in (1, 2, 3):
         raise ValueError(
             f"`feature_shape` has {dims} axes; PooledMeans knows vectors [C], tokens [N, C] and maps [C, H, W]: "
@@ -288,45 +325,45 @@ def channel_axis(dims: int, channels: int | None) -> int:
     return channels % dims
 
 
-def _add(sums: Tensor, rows: Tensor, labels: Tensor) -> None:
-    """sums[k] += the rows with label k, to 7 digits: three times as fast as in double, with ten classes."""
-    for few, few_labels in zip(torch.split(rows, _ROWS), torch.split(labels, _ROWS), strict=True):
-        present, place = torch.unique(few_labels, return_inverse=True)
-        partial = torch.zeros(len(present), rows.shape[1], device=rows.device)
-        partial.index_add_(0, place, few.float())
-        for k, some in zip(present.tolist(), partial, strict=True):
-            sums[k] += some
+def _add_rows(sums: Tensor, rows: Tensor, labels: Tensor) -> None:
+    """Add rows [N, D] to the sums [K, D] of their classes, to 7 digits. With ten classes: 3x as fast as in float64."""
+    for chunk, chunk_labels in zip(torch.split(rows, _FLOAT32_ROWS), torch.split(labels, _FLOAT32_ROWS), strict=True):
+        classes, positions = torch.unique(chunk_labels, return_inverse=True)
+        partial = torch.zeros(len(classes), rows.shape[1], device=rows.device)
+        partial.index_add_(0, positions, chunk.float())
+        for k, partial_sum in zip(classes.tolist(), partial, strict=True):
+            sums[k] += partial_sum
 
 
-def _add_exactly(sums: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-    """The same in double; returns the sum of all squares, which are only of use if both have all their digits."""
+def _add_rows_float64(sums: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    """Do the same in float64, and return the sum of all squares, which needs sums with all their digits."""
     squares = torch.zeros((), dtype=torch.float64, device=rows.device)
-    count = max(1, _WIDENED // rows.shape[1])
-    for few, few_labels in zip(torch.split(rows, count), torch.split(labels, count), strict=True):
-        wide = few.double()
-        sums.index_add_(0, few_labels, wide)
-        wide = wide.flatten()
-        squares += wide.dot(wide)
+    count = max(1, _FLOAT64_NUMBERS // rows.shape[1])
+    for chunk, chunk_labels in zip(torch.split(rows, count), torch.split(labels, count), strict=True):
+        numbers = chunk.double()
+        sums.index_add_(0, chunk_labels, numbers)
+        numbers = numbers.flatten()
+        squares += numbers.dot(numbers)
     return squares
 
 
-def _in_order(rows: Tensor, last: bool) -> Tensor:
-    """rows [N, ...] with each row in channels_last order, or in the usual one."""
-    if last and rows.dim() in (4, 5):
+def _to_memory_format(rows: Tensor, channels_last: bool) -> Tensor:
+    """Convert rows [N, ...] to channels_last, if they have as many axes, or to contiguous."""
+    if channels_last and rows.dim() in (4, 5):
         return rows.contiguous(memory_format=validation.channels_last_format(rows))
     return rows.contiguous()
 
 
-def _flat(rows: Tensor, last: bool) -> Tensor:
-    """rows [N, ...] as [N, D] in that memory order: a view if they are stored so."""
-    return (rows.movedim(1, -1) if last else rows).reshape(rows.shape[0], -1)
+def _flatten(rows: Tensor, channels_last: bool) -> Tensor:
+    """Rows [N, ...] as [N, D] in that memory order: a view if they are stored so."""
+    return (rows.movedim(1, -1) if channels_last else rows).reshape(rows.shape[0], -1)
 
 
-def _plus(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a.add_(b)
+def _add(total: Tensor | None, summand: Tensor) -> Tensor:
+    return summand if total is None else total.add_(summand)
 
 
-def _or_zeros(statistics: Tensor | None, like: Tensor) -> Tensor:
-    if statistics is None:
+def _or_zeros(sums: Tensor | None, like: Tensor) -> Tensor:
+    if sums is None:
         return torch.zeros(like.shape, dtype=torch.float64, device=like.device)
-    return statistics.to(like.device)
+    return sums.to(like.device)

@@ -1,6 +1,6 @@
-"""Passes over a data set in which heads are fitted.
+"""Passes over a dataset in which heads are fitted.
 
-Under torch.distributed every process gets the result for all parts of the data.
+Under torch.distributed every process gets heads that are fitted on the data of all processes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..data.loader import Loader, refuse_used_up
+from ..data.loader import Loader, check_reiterable
 from ..data.overlap import FittedImages
 from ..utils import distributed
 from ..utils.warn import warn
@@ -23,42 +23,54 @@ __all__ = ["fit"]
 
 @torch.no_grad()
 def fit(heads: Sequence[Head], walk: Walk, loader: Loader) -> tuple[list[Head], FittedImages]:
-    """Fitted heads, one for each of `heads`, from as many passes as they need; and what images they have seen.
+    """Fit heads, in as many passes over the data as they need.
 
-    Fitted ones are copied first; so if anything goes wrong on the way, or Ctrl-C comes, `heads` know what they knew.
+    Heads that are fitted already are copied first. So after an error, or Ctrl-C, `heads` are as they were before.
+
+    Args:
+        heads: One for each exit.
+        walk: Runs the network and shows the features at each exit.
+        loader: The data.
+
+    Returns:
+        The fitted heads, and the images that they were fitted on.
+
+    Raises:
+        TypeError: Several passes are needed, and the user's loader is an iterator.
+        ValueError: The data do not fit the network or the heads.
     """
     passes = max(head.passes for head in heads)
-    refuse_used_up(loader, passes)
+    check_reiterable(loader, passes)
     with torch.inference_mode(False):
-        fresh = [copy.deepcopy(head) if head.fitted else head for head in heads]
-    seen = FittedImages()
+        unfitted = [copy.deepcopy(head) if head.fitted else head for head in heads]
+    fitted_images = FittedImages()
     try:
         for pass_index in range(passes):
-            _one_pass(fresh, walk, loader, pass_index, passes, seen)
-        seen = FittedImages.merge(distributed.all_gather_objects(seen))
+            _run_pass(unfitted, walk, loader, pass_index, passes, fitted_images)
+        fitted_images = FittedImages.merge(distributed.all_gather_objects(fitted_images))
     except BaseException:
-        for head in fresh:
+        for head in unfitted:
             head.reset()
             head.fitted = False
         raise
-    _warn_of_empty_classes(fresh[0])
-    return fresh, seen
+    _warn_of_empty_classes(unfitted[0])
+    return unfitted, fitted_images
 
 
-def _one_pass(
-    heads: Sequence[Head], walk: Walk, loader: Loader, pass_index: int, passes: int, seen: FittedImages
+def _run_pass(
+    heads: Sequence[Head], walk: Walk, loader: Loader, pass_index: int, passes: int, fitted_images: FittedImages
 ) -> None:
-    what = f"fit, pass {pass_index + 1} of {passes}"
-    with distributed.synchronize_errors(what):
-        for images, labels in loader.run(what, finite=True):
+    description = f"fit, pass {pass_index + 1} of {passes}"
+    with distributed.synchronize_errors(description):
+        for images, labels in loader.run(description, finite=True):
             if pass_index == 0:
-                seen.add(images)
+                fitted_images.add(images)
 
-            def show(j: int, x: Tensor, labels: Tensor = labels) -> None:
+            def update(j: int, x: Tensor, labels: Tensor = labels) -> None:
                 if pass_index < heads[j].passes:
                     heads[j].update(x, labels, pass_index)
 
-            walk(images, show, logits=False)
+            walk(images, update, logits=False)
     for head in heads:
         if pass_index < head.passes:
             head.finish(pass_index)
@@ -67,7 +79,5 @@ def _one_pass(
 def _warn_of_empty_classes(head: Head) -> None:
     empty = (head.counts == 0).nonzero().flatten().tolist()
     if empty:
-        few = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
-        warn(
-            f"no sample of {len(empty)} of the {head.num_classes} classes ({few}): no exit will ever answer with these",
-        )
+        listed = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+        warn(f"no sample of {len(empty)} of the {head.num_classes} classes ({listed}): no exit will ever predict these")

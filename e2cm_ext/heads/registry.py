@@ -1,4 +1,4 @@
-"""All heads, and what makes them: by name, by class, by what a file says of them."""
+"""Construction of heads: by name, by class, by a function, and from what a file says."""
 
 from __future__ import annotations
 
@@ -13,50 +13,62 @@ from torch import nn
 from ..utils.warn import warn
 from .base import HEAD_REGISTRY, Head
 from .class_means import ClassMeans, PooledMeans, channel_axis
-from .whitened_means import WhitenedMeans, statistics_of, suits
+from .whitened_means import WhitenedMeans, supports
 
-__all__ = ["ClassMeans", "Head", "PooledMeans", "WhitenedMeans", "build", "from_config", "statistics_of"]
+__all__ = ["build", "from_config"]
 
 
-@torch.inference_mode(False)  # buffers made in it could not be written to outside of it, as a fit does
+@torch.inference_mode(False)  # buffers made in inference mode could not be written to outside of it, as a fit does
 def build(
     head: str | type[Head] | Callable[[int, tuple[int, ...]], Head],
     num_classes: int,
     shapes: Sequence[Sequence[int]],
     memory: int = 256 << 20,
 ) -> list[Head]:
-    """One empty head for every exit, whose features have these shapes.
+    """Build one unfitted head per exit.
 
-    head: a name, a Head class, or a function (num_classes, feature_shape) -> Head, such as
-    functools.partial(PooledMeans, grid=2). Names are those of the classes, and
-    - "whitened_means": WhitenedMeans, but class_means for features that these do not suit, which are those with 4 axes
-      or more (videos) and vectors of more than 4096 numbers;
-    - "auto": class_means wherever all the means together stay within `memory` bytes; where they do not, the largest
-      give way to pooled_means, one after the other, until they do. (While fitting, a head holds three times the bytes
-      of its means.)
+    Args:
+        head: The name of a Head class, or one of these:
+
+            - "whitened_means": WhitenedMeans, and ClassMeans for features that these do not support: with four axes or
+              more (videos), or vectors of more than 4,096 numbers;
+            - "auto": ClassMeans as long as all means together stay within `memory` bytes. Otherwise the largest are
+              replaced by PooledMeans, one after the other. (While it is fitted, a head holds three times as much.)
+            - a Head class, or a function (num_classes, feature_shape) -> Head, such as
+              functools.partial(PooledMeans, grid=2).
+        num_classes: K, the number of classes.
+        shapes: Shapes of one sample's features at each exit.
+        memory: Bytes for the means, if `head` is "auto".
+
+    Returns:
+        The heads, in the order of `shapes`.
+
+    Raises:
+        TypeError: `head` is none of these, or has made something else.
+        ValueError: The name is not known, or a head does not fit the classes or the features.
     """
     sizes = [tuple(shape) for shape in shapes]
     if isinstance(head, str) and head == "auto":
-        return _within(memory, num_classes, sizes)
+        return _build_within(memory, num_classes, sizes)
     make: Callable[[int, tuple[int, ...]], Head]
     if isinstance(head, str) and head == WhitenedMeans.kind:
-        make = _whitened
-        _warn_of_channels(sizes)
+        make = _whitened_or_class_means
+        _warn_of_channels_last(sizes)
     elif isinstance(head, str):
         make = _class_of(head, "`head` is", [*HEAD_REGISTRY, "auto"])
     elif callable(head) and not isinstance(head, nn.Module):
         make = head
     else:
         raise TypeError(f"`head` is a {type(head).__name__}; wanted a name, a Head class or a function that makes one")
-    return [_checked(make(num_classes, shape), num_classes, shape) for shape in sizes]
+    return [_check_head(make(num_classes, shape), num_classes, shape) for shape in sizes]
 
 
-def _whitened(num_classes: int, shape: tuple[int, ...]) -> Head:
-    return (WhitenedMeans if suits(shape) else ClassMeans)(num_classes, shape)
+def _whitened_or_class_means(num_classes: int, shape: tuple[int, ...]) -> Head:
+    return (WhitenedMeans if supports(shape) else ClassMeans)(num_classes, shape)
 
 
-def _warn_of_channels(shapes: list[tuple[int, ...]]) -> None:
-    """Of maps that are square only if it is the last axis that holds the channels, as in Swin Transformers."""
+def _warn_of_channels_last(shapes: list[tuple[int, ...]]) -> None:
+    """Warn of maps that are square only if the last axis holds the channels, as in Swin Transformers."""
     for shape in shapes:
         if len(shape) == 3 and shape[0] == shape[1] < shape[2]:
             warn(
@@ -67,18 +79,18 @@ def _warn_of_channels(shapes: list[tuple[int, ...]]) -> None:
             return
 
 
-def _within(memory: int, num_classes: int, shapes: list[tuple[int, ...]]) -> list[Head]:
-    bytes_of = [4 * num_classes * math.prod(shape) for shape in shapes]
-    averaged = [4 * num_classes * shape[channel_axis(len(shape), None)] if len(shape) < 4 else None for shape in shapes]
+def _build_within(memory: int, num_classes: int, shapes: list[tuple[int, ...]]) -> list[Head]:
+    sizes = [4 * num_classes * math.prod(shape) for shape in shapes]  # bytes
+    pooled = [4 * num_classes * shape[channel_axis(len(shape), None)] if len(shape) < 4 else None for shape in shapes]
     heads: list[type[Head]] = [ClassMeans] * len(shapes)
-    for i in sorted(range(len(shapes)), key=bytes_of.__getitem__, reverse=True):
-        smaller = averaged[i]
-        if sum(bytes_of) > memory and smaller is not None and smaller < bytes_of[i]:
-            heads[i], bytes_of[i] = PooledMeans, smaller
+    for i in sorted(range(len(shapes)), key=sizes.__getitem__, reverse=True):
+        pooled_size = pooled[i]
+        if sum(sizes) > memory and pooled_size is not None and pooled_size < sizes[i]:
+            heads[i], sizes[i] = PooledMeans, pooled_size
     return [head(num_classes, shape) for head, shape in zip(heads, shapes, strict=True)]
 
 
-def _checked(head: Head, num_classes: int, shape: tuple[int, ...]) -> Head:
+def _check_head(head: Head, num_classes: int, shape: tuple[int, ...]) -> Head:
     if not isinstance(head, Head):
         raise TypeError(f"`head` has made a {type(head).__name__}; wanted a Head")
     if (head.num_classes, head.feature_shape) != (num_classes, shape):
@@ -91,16 +103,27 @@ def _checked(head: Head, num_classes: int, shape: tuple[int, ...]) -> Head:
 
 @torch.inference_mode(False)
 def from_config(config: dict[str, Any]) -> Head:
-    """An empty head like the one whose config() this is. The module that defines its class must have been imported."""
+    """Build the unfitted head that a configuration describes.
+
+    Args:
+        config: What `Head.config` has returned.
+
+    Returns:
+        The head; `load_state_dict` makes it what the original was.
+
+    Raises:
+        ValueError: The configuration is none, or its class is not known. The module that defines the class must have
+            been imported.
+    """
     if not isinstance(config, dict) or not isinstance(config.get("kind"), str):
         raise ValueError(f"`config` is {config!r}; wanted what Head.config() returns")
     arguments = {key: value for key, value in config.items() if key != "kind"}
-    make = _class_of(config["kind"], "`config` is of kind", list(HEAD_REGISTRY))
+    head_class = _class_of(config["kind"], "`config` is of kind", list(HEAD_REGISTRY))
     try:
-        inspect.signature(make).bind(**arguments)
+        inspect.signature(head_class).bind(**arguments)
     except TypeError as error:
-        raise ValueError(f"`config` does not fit {make.__name__}: {error}") from None
-    return make(**arguments)
+        raise ValueError(f"`config` does not fit {head_class.__name__}: {error}") from None
+    return head_class(**arguments)
 
 
 def _class_of(kind: str, what: str, known: list[str]) -> type[Head]:

@@ -1,4 +1,4 @@
-"""When a sample may leave: a rule makes one number of its log-probabilities, and a threshold cuts there."""
+"""Rules: the certainty of a prediction, which is compared with a threshold."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Confidence", "Entropy", "Gate", "Rule", "rule"]
+__all__ = ["Confidence", "Entropy", "Gate", "Rule", "as_rule"]
 
 Threshold = TypeVar("Threshold", float, Tensor, float | Tensor)
 
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """A sample leaves if its certainty is above the threshold, strictly: +inf is never passed, and NaN never passes.
+    """Base class of rules: a sample leaves if its certainty is above the threshold.
 
-    A rule of your own needs a name and `certainty`. Rules of one class are equal; those with settings are dataclasses:
+    The comparison is strict: +inf is never exceeded, and NaN exceeds nothing.
+
+    A rule of your own needs a `name`, by which saved files know it, and `certainty`. Two rules of one class without
+    settings are equal; a rule with settings is a frozen dataclass with fields.
+
+    Example:
+        from dataclasses import dataclass
+        from e2cm_ext import Rule
 
         @dataclass(frozen=True)
         class Margin(Rule):
@@ -33,10 +40,17 @@ class Rule(ABC):
 
     @abstractmethod
     def certainty(self, log_probs: Tensor) -> Tensor:
-        """One float32 number per row of log_probs [B, K]: the higher, the surer. NaN for a row that must not leave."""
+        """Compute how certain the predictions are.
+
+        Args:
+            log_probs: [B, K].
+
+        Returns:
+            [B] float32, higher for more certain predictions; NaN for a sample that must not leave.
+        """
 
     def limit(self, threshold: Threshold) -> Threshold:
-        """The threshold as the ops want it, whose rules may count the other way round."""
+        """Convert a threshold to what the ops compare with: some of their rules count the other way round."""
         return threshold
 
 
@@ -52,26 +66,26 @@ class Confidence(Rule):
 
 @dataclass(frozen=True)
 class Entropy(Rule):
-    """Minus the entropy of the probabilities (natural logarithm): from -log K, for no idea at all, up to 0."""
+    """Minus the entropy of the probabilities, in nats: -log K if all classes are equally likely, at most 0."""
 
     name = "entropy"
 
     def certainty(self, log_probs: Tensor) -> Tensor:
         log_probs = log_probs.float()
         probabilities = log_probs.exp()
-        # p log p is 0 where p is, not 0 * -inf.
+        # p log p is 0 for p = 0, and not 0 * -inf.
         return torch.where(probabilities > 0, probabilities * log_probs, probabilities).sum(1)
 
     def limit(self, threshold: Threshold) -> Threshold:
-        """The ops compare the entropy itself, and from below."""
+        """The ops compare the entropy itself, and samples below the limit leave."""
         return -threshold
 
 
 @dataclass(frozen=True)
 class Gate(Rule):
-    """What the head says of itself, see Head.gate: a gate that was learned, two heads that consult each other.
+    """The certainty that the head itself computes, see `Head.gate`: a learned gate, or the agreement of two heads.
 
-    Of heads that have no gate, and of the network itself, the largest probability.
+    For heads without a gate, and for the network itself, it is the largest probability.
     """
 
     name = "gate"
@@ -80,15 +94,20 @@ class Gate(Rule):
         return Confidence().certainty(log_probs)
 
 
-_BY_NAME: dict[str, Rule] = {known.name: known for known in (Confidence(), Entropy(), Gate())}
+_RULES: dict[str, Rule] = {rule.name: rule for rule in (Confidence(), Entropy(), Gate())}
 
 
-def rule(name_or_rule: str | Rule) -> Rule:
-    """The rule of that name: "confidence", "entropy" or "gate"; a Rule is handed back as it is."""
-    if isinstance(name_or_rule, Rule):
-        return name_or_rule
-    if isinstance(name_or_rule, str) and name_or_rule in _BY_NAME:
-        return _BY_NAME[name_or_rule]
-    wanted = f"wanted {', '.join(map(repr, _BY_NAME))} or an object of a Rule class"
-    kind = ValueError if isinstance(name_or_rule, str) else TypeError
-    raise kind(f"`rule` is {name_or_rule!r}; {wanted}")
+def as_rule(rule: str | Rule) -> Rule:
+    """Return the rule of a name: "confidence", "entropy" or "gate". A Rule is returned as it is.
+
+    Raises:
+        ValueError: No rule has this name.
+        TypeError: `rule` is neither a name nor a Rule.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, str) and rule in _RULES:
+        return _RULES[rule]
+    wanted = f"wanted {', '.join(map(repr, _RULES))} or an object of a Rule class"
+    error = ValueError if isinstance(rule, str) else TypeError
+    raise error(f"`rule` is {rule!r}; {wanted}")

@@ -1,13 +1,15 @@
 """Multi-exit curriculum learning (Bakhtiarnia, Zhang and Iosifidis, 2021): easy samples first.
 
-    difficulty = curriculum.loss_of(model, loader)                     # one number for every sample
-    sdn.train(ee, curriculum.paced(dataset, difficulty))               # or any other method's train
+From the papers: Every training sample has a difficulty. Batches are drawn from the easiest part of the data. The part
+starts with 4% of the data and is multiplied by 1.9 after a fixed number of batches, until it is the whole. The two
+scores of difficulty and the pacing are those of Hacohen and Weinshall (2019), on which the method rests. There are two
+controls: order="anti", the most difficult samples first, and order="random", the same pacing without an order by
+difficulty.
 
-Batches are drawn from the easiest part of the data: 4% of it at first, 1.9 times as much after every so many batches,
-until it is all. (The pacing and the two scores are Hacohen and Weinshall's, 2019, on whom the method rests.)
+Ours, where the source leaves it open: An epoch has as many batches as would hold all the data once, also while batches
+are drawn from a part of it.
 
-Controls: order="anti", the most difficult first, and order="random", as much as that, but any. Ours, where the source
-is silent: an epoch is as many batches as would hold all the data once, also while they are drawn from a part of it.
+`paced` returns a loader, so a curriculum works with the `train` of every method here.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data.loader import Loader, refuse_train_mode
-from .training import Cached, generator, rank
+from .training import Cached, concatenate, generator, rank_and_world_size
 
-__all__ = ["Pacing", "loss_of", "paced", "size", "transfer_of"]
+__all__ = ["Pacing", "loss_of", "paced", "subset_size", "transfer_of"]
 
 Order = Literal["curriculum", "anti", "random"]
+
+_ANY_CLASS_COUNT = 1 << 31  # labels are checked against a number of classes, which is not known here
+_ORDER_SEED = 1 << 20  # in the place of an epoch: no epoch has this number
 
 
 # ---- difficulty -----------------------------------------------------------------------------------------------------
@@ -34,18 +39,51 @@ Order = Literal["curriculum", "anti", "random"]
 
 @torch.no_grad()
 def loss_of(model: nn.Module, loader: Iterable[Any], progress: bool = True) -> Tensor:
-    """[N] float64: the loss of a trained network on every sample, in the order of the loader."""
+    """Score difficulty by the loss of a trained network.
+
+    Args:
+        model: The network, in eval mode.
+        loader: Yields (images, labels), in a fixed order.
+        progress: Show a progress bar.
+
+    Returns:
+        [N] float64: the cross-entropy of every sample, in the order of the loader.
+
+    Raises:
+        RuntimeError: The network is in train mode.
+
+    Example:
+        difficulty = curriculum.loss_of(model, loader, progress=False)
+    """
     refuse_train_mode(model, "loss_of")
-    found = []
-    for images, labels in Loader(loader, model, num_classes=_MANY, progress=progress).run("difficulty"):
-        found.append(F.cross_entropy(model(images).double(), labels, reduction="none").cpu())
-    return _joined(found)
+    losses = []
+    for images, labels in Loader(loader, model, num_classes=_ANY_CLASS_COUNT, progress=progress).run("difficulty"):
+        losses.append(F.cross_entropy(model(images).double(), labels, reduction="none").cpu())
+    return concatenate(losses)
 
 
 @torch.no_grad()
 def transfer_of(model: nn.Module, loader: Iterable[Any], progress: bool = True) -> Tensor:
-    """[N] float64: how little a linear support vector machine is sure of every sample, on what a trained network hands
-    to its last linear layer: minus the margin between the true class and the best other one. Needs scikit-learn."""
+    """Score difficulty by a linear support vector machine on the features of a trained network.
+
+    The features are the inputs of the network's last linear layer. Needs scikit-learn.
+
+    Args:
+        model: A network with a torch.nn.Linear, in eval mode.
+        loader: Yields (images, labels), in a fixed order.
+        progress: Show a progress bar.
+
+    Returns:
+        [N] float64: for every sample, minus the margin between the true class and the best other one.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        RuntimeError: The network is in train mode.
+        ValueError: The network has no linear layer, or the loader yields no sample.
+
+    Example:
+        difficulty = curriculum.transfer_of(model, loader, progress=False)
+    """
     try:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
@@ -56,48 +94,75 @@ def transfer_of(model: nn.Module, loader: Iterable[Any], progress: bool = True) 
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"`model` is a {type(model).__name__} without a torch.nn.Linear; wanted one that ends in one")
-    seen: list[Tensor] = []
-    truth: list[Tensor] = []
-    hook = linear[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).cpu()))
+    feature_batches: list[Tensor] = []
+    label_batches: list[Tensor] = []
+    hook = linear[-1].register_forward_pre_hook(lambda _, inputs: feature_batches.append(inputs[0].flatten(1).cpu()))
     try:
-        for images, labels in Loader(loader, model, num_classes=_MANY, progress=progress).run("features"):
+        for images, batch_labels in Loader(loader, model, num_classes=_ANY_CLASS_COUNT, progress=progress).run(
+            "features"
+        ):
             model(images)
-            truth.append(labels.cpu())
+            label_batches.append(batch_labels.cpu())
     finally:
         hook.remove()
-    features, labels = _joined(seen).double().numpy(), _joined(truth)
+    features, labels = concatenate(feature_batches).double().numpy(), concatenate(label_batches)
     machine = make_pipeline(StandardScaler(), LinearSVC(dual=False)).fit(features, labels.numpy())
     scores = torch.from_numpy(machine.decision_function(features))
-    if scores.dim() == 1:  # two classes: of the second
+    if scores.dim() == 1:  # with two classes there is one score, that of the second
         scores = torch.stack([-scores, scores], 1)
     column = torch.searchsorted(torch.from_numpy(machine.classes_), labels)
-    own = scores.gather(1, column[:, None])
+    true_score = scores.gather(1, column[:, None])
     others = scores.scatter(1, column[:, None], -math.inf)
-    return others.amax(1) - own[:, 0]
-
-
-_MANY = 1 << 31  # classes; how many there are does not matter here
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    if not pieces:
-        raise ValueError("the loader gave no sample: all its batches are empty")
-    return torch.cat(pieces)
+    return others.amax(1) - true_score[:, 0]
 
 
 # ---- pacing ---------------------------------------------------------------------------------------------------------
 
 
-def size(batch: int, count: int, start: float = 0.04, growth: float = 1.9, every: int = 100) -> int:
-    """From how many of `count` samples batch number `batch` (from 0, over all epochs) is drawn: at least one."""
+def subset_size(batch: int, count: int, start: float = 0.04, growth: float = 1.9, every: int = 100) -> int:
+    """Compute the size of the part of the data that a batch is drawn from.
+
+    Args:
+        batch: The number of the batch, from 0, over all epochs.
+        count: Samples in the data set.
+        start: The part of the data at first, from 0 to 1.
+        growth: The factor by which the part grows.
+        every: After how many batches it grows.
+
+    Returns:
+        From 1 to `count`.
+
+    Example:
+        size = curriculum.subset_size(250, 50_000)  # 7220: 4% times 1.9 squared
+    """
     steps = batch // every
-    if steps * math.log(growth) + math.log(start) >= 0:  # a power of it would be too large to hold, some day
+    if steps * math.log(growth) + math.log(start) >= 0:  # its power could be too large for a float
         return count
     return max(1, min(count, round(start * growth**steps * count)))
 
 
 class Pacing(Sampler[list[int]]):
-    """Numbers of samples, batch by batch: a batch_sampler for a DataLoader. Each batch holds different samples."""
+    """A batch_sampler for a DataLoader: sample numbers, batch by batch. The samples of a batch are distinct.
+
+    Under torch.distributed every process gets its share of every batch.
+
+    Args:
+        difficulty: One number per sample.
+        batch_size: Samples per batch, of all processes together.
+        order: "curriculum" (easy samples first), "anti" (difficult ones first) or "random" (neither).
+        start: The part of the data that the first batches are drawn from.
+        growth: The factor by which it grows.
+        every: After how many batches it grows.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: An argument makes no sense, or a difficulty is NaN.
+
+    Example:
+        data = torch.utils.data.TensorDataset(images, labels)
+        pacing = curriculum.Pacing(torch.rand(len(images)), batch_size=16, every=10)
+        batches = torch.utils.data.DataLoader(data, batch_sampler=pacing)
+    """
 
     def __init__(
         self,
@@ -120,30 +185,30 @@ class Pacing(Sampler[list[int]]):
         if order not in ("curriculum", "anti", "random"):
             raise ValueError(f"`order` is {order!r}; wanted 'curriculum', 'anti' or 'random'")
         if order == "random":
-            self.order = torch.randperm(len(difficulty), generator=generator(seed, _SHUFFLE))
+            self.order = torch.randperm(len(difficulty), generator=generator(seed, _ORDER_SEED))
         else:
             self.order = difficulty.cpu().argsort(stable=True, descending=order == "anti")
         self.batch_size, self._pace, self._seed, self._epoch = batch_size, (start, growth, every), seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, on which the part of the data and the draws depend."""
         self._epoch = epoch
 
     def __len__(self) -> int:
         return math.ceil(len(self.order) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        draw = generator(self._seed, self._epoch)
-        mine, processes = rank()
+        of_epoch = generator(self._seed, self._epoch)
+        rank, processes = rank_and_world_size()
         for number in range(len(self)):
-            among = size(self._epoch * len(self) + number, len(self.order), *self._pace)
-            rows = torch.randperm(among, generator=draw)[: self.batch_size]
-            yield self.order[rows][mine::processes].tolist()
-
-
-_SHUFFLE = 1 << 20  # no epoch
+            size = subset_size(self._epoch * len(self) + number, len(self.order), *self._pace)
+            rows = torch.randperm(size, generator=of_epoch)[: self.batch_size]
+            yield self.order[rows][rank::processes].tolist()
 
 
 class _PacedCache:
+    """The loader of `paced` for cached features."""
+
     def __init__(self, cached: Cached, pacing: Pacing) -> None:
         self.cached, self.pacing = cached, pacing
 
@@ -155,19 +220,37 @@ class _PacedCache:
         return len(self.pacing)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        variants = self.cached.drawn()
-        for rows in self.pacing:
-            yield self.cached.batch(variants[rows])
+        rows = self.cached.variant_rows()
+        for samples in self.pacing:
+            yield self.cached.batch(rows[samples])
 
 
 def paced(data: Dataset[Any] | Cached, difficulty: Tensor, batch_size: int = 128, **options: Any) -> Any:
-    """A loader of `data`, easy samples first, for the train of any method. options: those of Pacing, and for a data set
-    (one of samples (image, label) by number) also those of a DataLoader, as a dict: loader={"num_workers": 4}."""
-    loader = options.pop("loader", {})
+    """Make a loader that gives easy samples first, for the `train` of any method.
+
+    Args:
+        data: A data set of (image, label), indexed by number; or what `training.cache` returns.
+        difficulty: One number per sample, see `loss_of` and `transfer_of`.
+        batch_size: Samples per batch.
+        **options: Those of `Pacing`; and for a data set `loader`, a dict of options of the DataLoader, such as
+            loader={"num_workers": 4}.
+
+    Returns:
+        A loader of (images, labels), or of (features, labels).
+
+    Raises:
+        ValueError: There are not as many difficulties as samples, or an option makes no sense.
+
+    Example:
+        data = torch.utils.data.TensorDataset(images, labels)
+        easy_first = curriculum.paced(data, torch.rand(len(images)), batch_size=50, every=10)
+        sdn.train(sdn.build(model, images[:1], exits=2), easy_first, epochs=2, progress=False)
+    """
+    loader_options = options.pop("loader", {})
     pacing = Pacing(difficulty, batch_size, **options)
     count = data.count if isinstance(data, Cached) else len(data)  # type: ignore[arg-type]
     if count != len(difficulty):
         raise ValueError(f"`difficulty` holds {len(difficulty)} numbers; the data {count} samples")
     if isinstance(data, Cached):
         return _PacedCache(data, pacing)
-    return DataLoader(data, batch_sampler=pacing, **loader)
+    return DataLoader(data, batch_sampler=pacing, **loader_options)

@@ -1,19 +1,25 @@
-"""EENets (Demir and Akbas: Early-exit Convolutional Neural Networks): exits that learn when to be taken.
+"""EENets (Demir and Akbas, "Early-exit Convolutional Neural Networks"): exits with a learned gate.
 
-An exit has two branches on its pooled features (normalised over the batch before, with `norm`): y = softmax(Linear) are
-its class probabilities, h = sigmoid(Linear to one number) is its gate. Training takes h for the probability of leaving,
-so that what comes of a sample from exit i on, and what it will have cost, is
+From the paper: An exit has two branches on its pooled features (with `norm`, they are normalised over the batch
+before). y = softmax(Linear) are its class probabilities, and h = sigmoid(Linear), one number, is its gate. In training
+h is the probability of leaving. So the expected probabilities and the expected cost from exit i on are
 
-    Y'_i = h_i y_i + (1 - h_i) Y'_{i+1},  Y'_M = y_M        C'_i = h_i c_i + (1 - h_i) C'_{i+1},  C'_M = c_M
+    Y_i = h_i y_i + (1 - h_i) Y_{i+1},  Y_M = y_M        C_i = h_i c_i + (1 - h_i) C_{i+1},  C_M = c_M
 
-with c the FLOPs of leaving there, and the loss sets one against the other: the sum over i of NLL(log Y'_i) +
-price * mean C'_i. In use a sample leaves at the first exit whose h is above 0.5; other thresholds can be calibrated.
+with c_i the FLOPs of leaving at exit i, and M the network's own classifier. The loss is the sum over i of NLL(log Y_i)
++ price * mean C_i. At inference a sample leaves at the first exit with h > 0.5.
 
-The authors' public code has: the loss over all i at the price 1 (its default) or over i = 0 alone; 25 epochs on the
-plain sum of NLL(log y_i) before the latter (its two stages); Adam with a learning rate of 1e-3 and a weight decay of
-1e-4, for 150 epochs; the rules of placement, "fine" for two exits by default. Ours are: exits at the place nearest to
-the FLOPs that these rules ask for (theirs are behind the first block that has spent them); costs that hold all exits on
-the way, not only the one that is taken; sums in log space; and training the exits alone, of a finished network.
+From the authors' public code: the loss over all i with price 1 (the default), or over i = 0 alone; before the latter,
+25 epochs of the plain sum of NLL(log y_i) (two stages); Adam with a learning rate of 1e-3 and a weight decay of 1e-4,
+for 150 epochs; the rules of placement, "fine" with two exits by default.
+
+Ours:
+
+- An exit stands at the cut point nearest to the FLOPs that the rule asks for. In the authors' code it stands behind
+  the first block that has spent them.
+- The cost of leaving contains all exits before, and not only the one that is taken.
+- Sums are computed in log space.
+- The exits can be trained alone, on a finished network, and other thresholds than 0.5 can be calibrated.
 """
 
 from __future__ import annotations
@@ -30,34 +36,43 @@ from ..early_exit import EarlyExit
 from ..stages import Stages
 from . import training
 from .learned_head import LearnedHead
-from .pooled_linear import averages, channels
+from .pooled_linear import average_pool, num_channels
 
-__all__ = ["ExitBlock", "build", "loss", "outcome", "placements", "train"]
+__all__ = ["ExitBlock", "build", "expectation", "loss", "placements", "train"]
 
 
 class ExitBlock(LearnedHead, kind="eenets"):
-    """Both branches of an exit. norm: batch normalisation of the features before they are averaged over the map."""
+    """An exit of EENets: a classifier and a gate on pooled features.
+
+    Args:
+        num_classes: K.
+        feature_shape: Of maps [C, H, W], tokens [N, C] or vectors [C].
+        norm: Normalise maps over the batch before they are pooled.
+
+    Raises:
+        ValueError: `norm` is set for features that are not maps.
+    """
 
     def __init__(self, num_classes: int, feature_shape: Sequence[int], *, norm: bool = False) -> None:
         super().__init__(num_classes, feature_shape)
-        size = channels(self.feature_shape)
+        size = num_channels(self.feature_shape)
         if norm and len(self.feature_shape) != 3:
             raise ValueError(f"`norm` is for maps [C, H, W]; these features are {list(self.feature_shape)}")
         self.norm = nn.BatchNorm2d(size) if norm else None
-        self.answer, self.confidence = nn.Linear(size, num_classes), nn.Linear(size, 1)
+        self.classifier, self.confidence = nn.Linear(size, num_classes), nn.Linear(size, 1)
 
     def squeeze(self, x: Tensor) -> Tensor:
-        return averages(x) if self.norm is None else x
+        return average_pool(x) if self.norm is None else x
 
     def outputs(self, squeezed: Tensor) -> tuple[Tensor, ...]:
-        """Logits of y [B, K] and of h [B]."""
-        x = squeezed if self.norm is None else averages(self.norm(squeezed))
-        return self.answer(x), self.confidence(x)[:, 0]
+        """Compute the logits of y [B, K] and of h [B]."""
+        x = squeezed if self.norm is None else average_pool(self.norm(squeezed))
+        return self.classifier(x), self.confidence(x)[:, 0]
 
     def gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log y and h."""
-        answer, confidence = self.outputs(self.squeeze(x))
-        return answer.float().log_softmax(1), confidence.float().sigmoid()
+        """Compute log y [B, K] and h [B]."""
+        logits, gate = self.outputs(self.squeeze(x))
+        return logits.float().log_softmax(1), gate.float().sigmoid()
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"norm": self.norm is not None}
@@ -73,8 +88,26 @@ def build(
     *,
     seed: int = 0,
 ) -> EarlyExit:
-    """A network with gated exits, to be trained. exits: how many, where `placement` ("linear", "pareto", "fine",
-    "golden") wants them; or anything else that EarlyExit takes, and then `placement` is not asked."""
+    """Build a network with gated exits. They are not trained yet.
+
+    Args:
+        model: The network, in eval mode, or Stages of it. Joint training changes it.
+        example_input: A batch as the model takes it.
+        num_classes: Checked against the model's logits, if given.
+        exits: How many, to be placed by `placement`; or where they stand, as in EarlyExit.
+        placement: "linear", "pareto", "fine" or "golden", see `placements`. Only used if `exits` is a number.
+        norm: Normalise feature maps over the batch before they are pooled.
+        seed: Of the heads' initial weights.
+
+    Returns:
+        The network, with the rule "gate". `train` it.
+
+    Raises:
+        ValueError: `placement` is unknown, or an argument does not fit the model.
+
+    Example:
+        ee = eenets.build(model, images[:1], exits=2, placement="linear")
+    """
     if isinstance(exits, int):
         exits = placements(placement, exits)
 
@@ -101,31 +134,53 @@ def train(
     precision: torch.dtype | None = None,
     progress: bool = True,
 ) -> list[float]:
-    """Trains exits and network (joint=False: the exits alone); sets all thresholds to 0.5; returns the mean loss of
-    every epoch.
+    """Train the exits, and the network with them. All thresholds are 0.5 afterwards.
 
-    price, over: see `loss`. warm_up: so many epochs first on the plain sum of NLL(log y_i); with over="first" and 25 of
-    them, the authors' two stages. lr, weight_decay: Adam's. The rest: see training.run.
+    Args:
+        ee: What `build` returned; it is trained in place.
+        loader: Yields (images, labels); for joint=False also what `training.cache` returns.
+        epochs: How many, those of `warm_up` among them.
+        joint: Train the network, too: the model's own weights change. False: the exits alone.
+        price: Of FLOPs in the loss, see `loss`.
+        over: "all" exits or the "first" one, see `loss`.
+        warm_up: So many epochs on the plain sum of cross-entropies first. over="first" and warm_up=25 are the authors'
+            two stages.
+        lr: The learning rate of Adam.
+        weight_decay: Of Adam.
+        seed: Of the random numbers in training.
+        checkpoint: A file to continue from after an interruption, see `training.run`.
+        precision: Of the forward pass, see `training.run`.
+        progress: Show a progress bar.
+
+    Returns:
+        The mean loss of every epoch.
+
+    Raises:
+        ValueError: `over` is unknown.
+
+    Example:
+        ee = eenets.build(model, images[:1], exits=2, placement="linear")
+        eenets.train(ee, loader, epochs=2, lr=0.01, progress=False)
     """
     if over not in ("all", "first"):
         raise ValueError(f"`over` is {over!r}; wanted 'all' or 'first'")
     costs = ee.costs.fractions.tolist()
 
     def objective(outputs: training.Outputs, labels: Tensor, epoch: int) -> Tensor:
-        *exits, logits = outputs
-        log_probs = [each.float().log_softmax(1) for each in (*(answer for answer, _ in exits), logits)]
+        *exits, network_logits = outputs
+        log_probs = [each.float().log_softmax(1) for each in (*(logits for logits, _ in exits), network_logits)]
         if epoch < warm_up:
             return torch.stack([F.nll_loss(each, labels) for each in log_probs]).sum()
         return loss(log_probs, [gate.float() for _, gate in exits], labels, costs, price, over)
 
-    module = training.Joint(ee) if joint else training.Learners(ee)
+    module = training.Joint(ee) if joint else training.ExitHeads(ee)
     losses = training.run(
         module,
         loader,
         objective,
         epochs=epochs,
         optimizer=torch.optim.Adam(module.parameters(), lr, weight_decay=weight_decay),
-        prepare=training.same if joint else training.Features(ee),
+        prepare=training.identity if joint else training.Features(ee),
         seed=seed,
         checkpoint=checkpoint,
         precision=precision,
@@ -148,7 +203,21 @@ _PLACEMENTS: dict[str, Callable[[int, int], float]] = {
 
 
 def placements(kind: str, count: int) -> list[float]:
-    """Where `count` exits ought to stand, as fractions of the network's FLOPs."""
+    """Compute where exits should stand, by a rule of the authors' code.
+
+    Args:
+        kind: "linear", "pareto", "fine" or "golden".
+        count: How many exits.
+
+    Returns:
+        Fractions of the network's FLOPs.
+
+    Raises:
+        ValueError: The rule is unknown, or there is no exit.
+
+    Example:
+        fractions = eenets.placements("linear", 3)  # [0.25, 0.5, 0.75]
+    """
     if kind not in _PLACEMENTS:
         raise ValueError(f"`placement` is {kind!r}; wanted one of {', '.join(map(repr, _PLACEMENTS))}")
     if count < 1:
@@ -156,17 +225,22 @@ def placements(kind: str, count: int) -> list[float]:
     return [_PLACEMENTS[kind](i, count) for i in range(count)]
 
 
-def outcome(values: Sequence[Tensor], gates: Sequence[Tensor], costs: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """log Y'_i and C'_i, [M+1, B] each.
+def expectation(values: Sequence[Tensor], gates: Sequence[Tensor], costs: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Compute log Y_i of one class, and C_i: what is expected from exit i on.
 
-    values: M+1 times [B], log-probabilities of one class, such as the true one. gates: M times [B], logits of h. costs:
-    M+1 numbers.
+    Args:
+        values: M+1 times [B], log-probabilities of one class, such as the true one.
+        gates: M times [B], logits of h.
+        costs: M+1 numbers.
+
+    Returns:
+        Log-probabilities [M+1, B], and costs [M+1, B].
     """
-    answers, spent = [values[-1]], [torch.full_like(values[-1], costs[-1])]
+    log_probs, spent = [values[-1]], [torch.full_like(values[-1], costs[-1])]
     for value, gate, cost in zip(reversed(values[:-1]), reversed(gates), reversed(costs[:-1]), strict=True):
-        answers.append(torch.logaddexp(F.logsigmoid(gate) + value, F.logsigmoid(-gate) + answers[-1]))
+        log_probs.append(torch.logaddexp(F.logsigmoid(gate) + value, F.logsigmoid(-gate) + log_probs[-1]))
         spent.append(torch.lerp(spent[-1], torch.full_like(spent[-1], cost), gate.sigmoid()))
-    return torch.stack(answers[::-1]), torch.stack(spent[::-1])
+    return torch.stack(log_probs[::-1]), torch.stack(spent[::-1])
 
 
 def loss(
@@ -177,11 +251,24 @@ def loss(
     price: float = 1.0,
     over: str = "all",
 ) -> Tensor:
-    """The sum over i of NLL(log Y'_i) + price * mean C'_i; over="first": for i = 0 alone.
+    """Compute the sum over i of NLL(log Y_i) + price * mean C_i.
 
-    log_probs: M+1 times [B, K]. gates: M times [B], logits of h. costs: M+1 numbers.
+    Args:
+        log_probs: M+1 times [B, K], of the exits and the network.
+        gates: M times [B], logits of h.
+        labels: [B].
+        costs: M+1 numbers, FLOPs of leaving there.
+        price: Of FLOPs.
+        over: "all", or "first" for the term i = 0 alone.
+
+    Returns:
+        A scalar.
+
+    Example:
+        log_probs = [torch.randn(4, 10).log_softmax(1) for _ in range(2)]
+        loss = eenets.loss(log_probs, [torch.randn(4)], torch.tensor([0, 1, 2, 3]), costs=[0.3, 1.0])
     """
     of_label = [each.gather(1, labels[:, None])[:, 0] for each in log_probs]
-    answers, spent = outcome(of_label, gates, costs)
-    terms = price * spent.mean(1) - answers.mean(1)
+    expected, spent = expectation(of_label, gates, costs)
+    terms = price * spent.mean(1) - expected.mean(1)
     return terms[0] if over == "first" else terms.sum()

@@ -1,19 +1,25 @@
-"""E2CM joined with another scheme (sections 3.2 and 4.1 of E2CM): a learned head decides together with class means.
+"""E2CM joined with another method (sections 3.2 and 4.1 of the E2CM paper): learned heads with class means beside them.
 
-Class means vote for leaving, or against it:
+From the paper: A sample that leaves always gets the prediction of the learned head. Class means vote on whether it
+leaves. They vote for leaving
 
     agree="decision": if their own confidence is above their own limit;
-    agree="class":    if, besides, they would answer with the learned head's class. (The limit is -inf at the start.)
+    agree="class":    if, besides, they predict the same class as the learned head. (The limit is -inf at the start.)
 
-A sample leaves, always with the learned head's answer,
+A sample leaves
 
-    leave="either": if the learned head is sure enough, or class means vote for it (section 3.2: it goes on only if both
-                    approve);
-    leave="both":   if the learned head is sure enough, and class means vote for it (section 4.1: if they disagree, it
-                    stays).
+    leave="either": if the learned head is confident enough, or class means vote for it (section 3.2: it continues only
+                    if both say so);
+    leave="both":   if the learned head is confident enough, and class means vote for it (section 4.1: if they disagree,
+                    it stays).
 
-The paper does not say what "disagree" means; both readings are here. Ours are: the whitened means in place of the raw
-ones, where asked for; where limits come from, see `options`; and Blended, which does not consult but multiplies.
+The paper does not say what "disagree" means; `agree` has both readings.
+
+Ours:
+
+- Whitened means in place of the raw ones, where asked for.
+- How limits are found: see `options`.
+- `ProductHead`, which multiplies the probabilities of both.
 """
 
 from __future__ import annotations
@@ -35,14 +41,26 @@ from ..heads.base import Head
 from ..heads.rules import Confidence, Gate
 from ..stages.flops import Costs
 
-__all__ = ["Agree", "Blended", "Consulting", "Leave", "Pair", "consult", "join", "limit", "options"]
+__all__ = [
+    "Agree",
+    "JoinedHead",
+    "Leave",
+    "Option",
+    "ProductHead",
+    "VotingHead",
+    "join",
+    "joint_certainty",
+    "options",
+    "record",
+    "set_limits",
+]
 
 Leave = Literal["either", "both"]
 Agree = Literal["class", "decision"]
-_LEVELS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of FLOPs
+_BUDGETS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # FLOPs
 
 
-def consult(
+def joint_certainty(
     confidence: Tensor,
     prediction: Tensor,
     means_confidence: Tensor,
@@ -51,8 +69,21 @@ def consult(
     leave: Leave,
     agree: Agree,
 ) -> Tensor:
-    """How sure both together are, to be compared with the learned head's threshold: its own confidence where that
-    decides, 2 (more than any probability) where the sample leaves unless the exit is off, NaN where it stays."""
+    """Compute the certainty of a joined exit, to be compared with the threshold of the learned head.
+
+    Args:
+        confidence: [B], of the learned head.
+        prediction: [B], of the learned head.
+        means_confidence: [B], of the class means.
+        means_prediction: [B], of the class means.
+        limit: Above which the class means vote for leaving.
+        leave: "either" or "both".
+        agree: "class" or "decision".
+
+    Returns:
+        [B]: the learned head's confidence where it decides; 2 (more than any probability) where the sample leaves
+        unless the exit is off; NaN where it stays.
+    """
     vote = means_confidence > limit
     if agree == "class":
         vote = vote & (prediction == means_prediction)
@@ -61,8 +92,17 @@ def consult(
     return torch.where(vote & ~confidence.isnan(), 2.0, confidence)
 
 
-class Pair(Head):
-    """A learned head and class means. `fit` is for the means; the learned head must have been trained."""
+class JoinedHead(Head):
+    """Base class of heads that hold a learned head and class means.
+
+    `fit` fits the class means. The learned head must have been trained; it stays as it is.
+
+    Args:
+        num_classes: K.
+        feature_shape: Of the features at the exit.
+        learned: The learned head, or its configuration.
+        means: The class means, or their configuration.
+    """
 
     def __init__(
         self,
@@ -89,7 +129,7 @@ class Pair(Head):
 
     def reset(self) -> None:
         super().reset()
-        if hasattr(self, "means"):  # not while it is being made
+        if hasattr(self, "means"):  # the base class calls it before they exist
             self.means.reset()
 
     def flops(self) -> int:
@@ -99,8 +139,20 @@ class Pair(Head):
         return super().config() | {"learned": self.learned.config(), "means": self.means.config()}
 
 
-class Consulting(Pair, kind="consulting"):
-    """Answers as the learned head does; its gate asks the class means. See the top of this file."""
+class VotingHead(JoinedHead, kind="voting"):
+    """A learned head that predicts, and class means that vote on whether the sample leaves.
+
+    Args:
+        num_classes: K.
+        feature_shape: Of the features at the exit.
+        learned: The learned head, or its configuration.
+        means: The class means, or their configuration.
+        leave: "either" (section 3.2) or "both" (section 4.1): see the module.
+        agree: "class" or "decision": see the module.
+
+    Raises:
+        ValueError: `leave` or `agree` is unknown.
+    """
 
     limit: Tensor  # of the class means, float32
 
@@ -128,20 +180,20 @@ class Consulting(Pair, kind="consulting"):
     def gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_probs = self(x)
         confidence = Confidence().certainty(log_probs)
-        theirs, class_of_means = self.means.score(x, Confidence())
-        certainty = consult(confidence, log_probs.argmax(1), theirs, class_of_means, self.limit, self.leave, self.agree)
+        means = self.means.score(x, Confidence())
+        certainty = joint_certainty(confidence, log_probs.argmax(1), *means, self.limit, self.leave, self.agree)
         return log_probs, certainty
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"leave": self.leave, "agree": self.agree}
 
 
-class Blended(Pair, kind="blended"):
-    """Both answer: the product of their probabilities, over its sum. Ours, not the paper's."""
+class ProductHead(JoinedHead, kind="product"):
+    """The product of the probabilities of a learned head and class means, scaled to sum to 1. Ours, not the paper's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = self.learned(x) + self.means(x)
-        return product.log_softmax(1)
+        log_product: Tensor = self.learned(x) + self.means(x)
+        return log_product.log_softmax(1)
 
 
 def join(
@@ -150,13 +202,32 @@ def join(
     *,
     leave: Leave = "both",
     agree: Agree = "class",
-    blend: bool = False,
+    multiply: bool = False,
     memory: int = 256 << 20,
 ) -> EarlyExit:
-    """A new network with early exits, around the same model: copies of the trained heads of `ee`, each with class means
-    beside it. means: "class_means" (the paper's), "whitened_means", ..., which have still to be fitted, by fit(loader);
-    or a network with the same exits (and perhaps others) and class means that are fitted already: copies of them.
-    blend: Blended in the place of consultation."""
+    """Build a network with class means beside the learned heads of another one.
+
+    Args:
+        ee: A network with trained heads. It stays as it is; the new network has copies of the heads.
+        means: "class_means" (the paper's), "whitened_means", ..., as `head` of EarlyExit: to be fitted by fit(loader).
+            Or a network with class means that are fitted already, at the same exits and perhaps others: copies of them.
+        leave: "either" or "both": see the module.
+        agree: "class" or "decision": see the module.
+        multiply: Multiply the probabilities of both (`ProductHead`). `leave` and `agree` have no meaning then.
+        memory: Bytes that means="auto" may take.
+
+    Returns:
+        A network around the same model, with all thresholds +inf.
+
+    Raises:
+        ValueError: `leave` or `agree` is unknown, or the other network lacks an exit.
+
+    Example:
+        trained = sdn.build(model, images[:1], exits=2)
+        sdn.train(trained, loader, epochs=2, progress=False)
+        ee = joined.join(trained, "whitened_means", leave="both", agree="class")
+        ee.fit(loader, progress=False)  # fits the class means
+    """
     if isinstance(means, EarlyExit):
         beside = [copy.deepcopy(head) for head in means.at_exits(ee.exit_names).head_list()]
     else:
@@ -164,20 +235,32 @@ def join(
     heads: list[Head] = []
     for learned, other in zip(ee.head_list(), beside, strict=True):
         arguments = (ee.num_classes, learned.feature_shape, copy.deepcopy(learned), other)
-        heads.append(Blended(*arguments) if blend else Consulting(*arguments, leave, agree))
+        heads.append(ProductHead(*arguments) if multiply else VotingHead(*arguments, leave, agree))
         heads[-1].fitted = learned.fitted and other.fitted
     costs = Costs(ee.costs.stages, tuple(head.flops() for head in heads), ee.costs.names)
-    rule = Confidence() if blend else Gate()
+    rule = Confidence() if multiply else Gate()
     return EarlyExit.from_parts(
         ee.stages, heads, rule, costs, ee.image_shape, ee.image_dtype, combination=ee.combination
     )
 
 
-def limit(ee: EarlyExit, limits: Tensor | Sequence[float]) -> None:
-    """Sets the limits of the class means, one for each exit."""
+def set_limits(ee: EarlyExit, limits: Tensor | Sequence[float]) -> None:
+    """Set the limits above which class means vote for leaving.
+
+    Args:
+        ee: What `join` returned; it is changed in place.
+        limits: One number per exit.
+
+    Raises:
+        TypeError: A head is not a VotingHead.
+
+    Example:
+        ee = joined.join(trained, "class_means").fit(loader, progress=False)
+        joined.set_limits(ee, [0.2] * len(ee.exit_names))
+    """
     for head, value in zip(ee.head_list(), torch.as_tensor(limits, dtype=torch.float32), strict=True):
-        if not isinstance(head, Consulting):
-            raise TypeError(f"{type(head).__name__} consults nobody; wanted a network that `join` has made")
+        if not isinstance(head, VotingHead):
+            raise TypeError(f"a {type(head).__name__} has no limit; wanted a network that `join` has made")
         head.limit.copy_(value)
 
 
@@ -185,8 +268,10 @@ def limit(ee: EarlyExit, limits: Tensor | Sequence[float]) -> None:
 
 
 class Option(NamedTuple):
-    limits: Tensor  # [M] float32, for `limit`
-    record: Record  # what every exit of the joined network would say with these limits
+    """Limits of the class means, and the record of the joined network with them."""
+
+    limits: Tensor  # [M] float32, for `set_limits`
+    record: Record
 
 
 def options(
@@ -195,16 +280,37 @@ def options(
     costs: Costs,
     leave: Leave,
     agree: Agree,
-    levels: Sequence[float] = _LEVELS,
+    budgets: Sequence[float] = _BUDGETS,
 ) -> Iterator[Option]:
-    """Limits worth trying, and the record of the joined network with each, from records of the two networks apart.
+    """Propose limits of the class means, from records of the two networks apart.
 
-    learned, means: of the same samples at the same exits, with the rule "confidence"; costs: those of the joined
-    network. Limits are the thresholds that class means alone would have at FLOPs of so much (`levels`), and for
-    agree="class" -inf, too. Ours: the paper does not say how a second threshold is found.
+    Proposed are the thresholds that class means alone would have at several FLOPs budgets, and for agree="class" -inf.
+    This is ours: the paper does not say how the second threshold is found.
+
+    Args:
+        learned: The record of the network with learned heads.
+        means: The record of a network with class means, of the same samples at the same exits, with the rule
+            "confidence".
+        costs: Those of the joined network.
+        leave: "either" or "both".
+        agree: "class" or "decision".
+        budgets: FLOPs.
+
+    Yields:
+        Limits, and the record of the joined network with them.
+
+    Raises:
+        ValueError: The records are of other samples or other exits.
+
+    Example:
+        means = e2cm.EarlyExit(trained.stages, images[:1], head="class_means").fit(loader, progress=False)
+        records = [network.record(held_out, progress=False) for network in (trained, means)]
+        ee = joined.join(trained, means)
+        for limits, record in joined.options(*records, ee.costs, "both", "class", budgets=(0.9,)):
+            curve = e2cm.curve(record, progress=False)
     """
     curve = curves.curve(means)
-    vectors = [curve.best_within(level).thresholds for level in levels if level >= curve.flops[0]]
+    vectors = [curve.best_within(budget).thresholds for budget in budgets if budget >= curve.flops[0]]
     if agree == "class":
         vectors.insert(0, torch.full((means.exits,), -math.inf))
     for limits in vectors:
@@ -214,12 +320,34 @@ def options(
 def record(
     learned: Record, means: Record, costs: Costs, limits: Tensor | Sequence[float], leave: Leave, agree: Agree
 ) -> Record:
-    """The record of the joined network with these limits, from records of the two networks apart."""
+    """Compute the record of the joined network from records of the two networks apart.
+
+    Args:
+        learned: The record of the network with learned heads.
+        means: The record of a network with class means, of the same samples at the same exits, with the rule
+            "confidence".
+        costs: Those of the joined network.
+        limits: Of the class means, one per exit.
+        leave: "either" or "both".
+        agree: "class" or "decision".
+
+    Returns:
+        What `EarlyExit.record` of the joined network would return.
+
+    Raises:
+        ValueError: The records are of other samples or other exits.
+
+    Example:
+        means = e2cm.EarlyExit(trained.stages, images[:1], head="class_means").fit(loader, progress=False)
+        records = [network.record(held_out, progress=False) for network in (trained, means)]
+        costs = joined.join(trained, means).costs
+        record = joined.record(*records, costs, [0.2, 0.2], "both", "class")
+    """
     if learned.names != means.names or not torch.equal(learned.label, means.label):
         raise ValueError("`learned` and `means` are records of other exits or other samples; wanted the same ones")
     early = slice(0, learned.exits)
     certainty = learned.confidence.clone()
-    certainty[:, early] = consult(
+    certainty[:, early] = joint_certainty(
         learned.confidence[:, early],
         learned.prediction[:, early],
         means.confidence[:, early],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calibration.curves import Method, OperatingPoint
 from ..calibration.record import Record
-from ..data.loader import placed
+from ..data.loader import to_network
 from ..early_exit import EarlyExit
 from ..native import build_info
 from ..utils import timing
@@ -105,7 +105,7 @@ def measure_times(
         ValueError: A threshold vector has another shape.
     """
     before = ee.thresholds
-    images = placed(images, ee.stages)
+    images = to_network(images, ee.stages)
 
     def run_with(vector: Tensor | float) -> Callable[[], None]:
         def run() -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import ops
 from ..heads import Head
-from ..heads.base import leave
-from ..heads.ensemble import Combination, combined
+from ..heads.base import exit_by_certainty
+from ..heads.ensemble import Combination, combine_at_exit
 from ..heads.rules import Rule
 from ..ops.types import Decisions
 from .compaction_policy import CompactionPolicy
@@ -175,12 +175,12 @@ class Cascade:
         """Head.step, for exits that answer together: the survivors' features and ids."""
         ids = self._ids
         memory = None if self._memory is None else self._memory[ids]
-        log_probs, certainty, memory = combined(combination, head, rule, x, memory, number)
+        log_probs, certainty, memory = combine_at_exit(combination, head, rule, x, memory, number)
         if self._memory is None:  # the first active exit: all samples are there
             self._memory = memory.clone()
         else:
             self._memory[ids] = memory
-        return leave(x, log_probs, certainty, threshold, ids, out, number)
+        return exit_by_certainty(x, log_probs, certainty, threshold, ids, out, number)
 
     def _always_compacts(self, x: Tensor, head: Head, number: int, next_active_exit: int) -> bool:
         """Whether the batch is compacted here even if only one sample leaves."""

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..data.loader import Loader, place_of, refuse_train_mode
+from ..data.loader import Loader, device_and_dtype, refuse_train_mode
 from ..heads import Head, Rule
 from ..heads.ensemble import Combination
 from ..heads.protocol import Visit
+from ..heads.threshold_buffer import ThresholdModule
 from ..heads.thresholds import threshold_vector
 from ..ops.types import Decisions
 from ..stages import Costs, Stages
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["ExitModule"]
 
 
-class ExitModule(nn.Module):
+class ExitModule(ThresholdModule, buffer="thresholds"):
     """Stages of a network with a head behind each but the last, and thresholds that say which samples leave there.
 
     Args:
@@ -72,7 +73,7 @@ class ExitModule(nn.Module):
         labelled: bool = True,
     ) -> None:
         super().__init__()
-        device, _ = place_of(stages)
+        device, _ = device_and_dtype(stages)
         self.stages = stages
         self.heads = nn.ModuleList(heads).to(device)
         self.rule, self.costs, self.num_classes = rule, costs, heads[0].num_classes
@@ -257,13 +258,8 @@ class ExitModule(nn.Module):
         @thresholds.setter
         def thresholds(self, value: Tensor | Sequence[float] | float) -> None: ...
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "thresholds" and name in self._buffers:
-            value = self._checked_thresholds(value)
-        super().__setattr__(name, value)
-
-    @torch.inference_mode(False)
-    def _checked_thresholds(self, value: Any) -> Tensor:
+    def check_thresholds(self, value: Any) -> Tensor:
+        """Convert one threshold for all exits, or one per exit, to [M] float32; refuse those of unfitted heads."""
         exits = len(self.heads)
         try:
             vector = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
@@ -271,15 +267,12 @@ class ExitModule(nn.Module):
             raise TypeError(f"`thresholds` is {value!r}; wanted {exits} numbers, or one for all exits") from error
         vector = threshold_vector(vector.expand(exits) if vector.dim() == 0 else vector, exits)
         self.check_fitted(vector.tolist())
-        return vector.clone().to(self.thresholds.device)
+        return vector
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.thresholds
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self._compiled is not None and self._compiled.own is not None:
             self._compiled.own._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.thresholds.dtype is not torch.float32:  # .half() is for features; a rounded threshold decides otherwise
-            self._buffers["thresholds"] = before.to(self.thresholds.device)
         return self
 
     # ---- checks -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Files that hold tensors and a description of them: safetensors, sealed with a checksum, written whole or not at all.
+"""Files of tensors and a description: safetensors with a checksum, written completely or not at all.
 
-Any reader of safetensors can open them. What is ours stands in the metadata, as JSON under the key "e2cm_ext": the kind
-of the file, its format and the package version, the memory order of the tensors, and a SHA-256 of the whole file (taken
-with zeros in its own place). Nothing in a file is ever executed.
+Any reader of safetensors can open them. The metadata holds JSON under the key "e2cm_ext": the kind of the file, its
+format, the package version, the memory order of the tensors, and a SHA-256 of the whole file (computed with zeros in
+its own place). Reading a file never executes anything.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from torch import Tensor
 
 from ..native import build_info
 
-__all__ = ["FORMAT", "bytes_of", "read", "atomic_write", "write"]
+__all__ = ["FORMAT", "atomic_write", "bytes_of", "read", "write"]
 
-FORMAT = 1  # of what stands in the file; a change that an old reader would misunderstand makes it 2
-_OPENING = b'{"__metadata__":{"e2cm_ext":"'
-_NO_SUM = "0" * 64
-_LONGEST_HEADER = 100_000_000  # that safetensors accepts
+# Of the contents of files; to be raised by a change that an old reader would misunderstand.
+# 1: what is "mean_shrinkage" in the configuration of WhitenedMeans was called "pull".
+FORMAT = 2
+_PREFIX = b'{"__metadata__":{"e2cm_ext":"'
+_ZERO_CHECKSUM = "0" * 64
+_MAX_HEADER = 100_000_000  # bytes; safetensors accepts no more
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -40,24 +42,41 @@ _DTYPES = {
 
 
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """A file of that kind with `tensors` and `info` (anything that JSON holds)."""
+    """Write a file.
+
+    Args:
+        path: What was there before stays until the new file is complete.
+        kind: What the file is, such as "Record"; `read` checks it.
+        tensors: In any memory order, on any device.
+        info: Anything that JSON can hold.
+
+    Raises:
+        TypeError: A tensor has a dtype that files cannot hold, or `info` is not JSON.
+        OSError: The file cannot be written.
+    """
     with atomic_write(path) as file:
         _write(file, kind, tensors, info)
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write into: complete at the end of the block, or not there at all.
+    """Open a file that appears when the block ends without an error.
 
-    It is made under another name in the same folder and takes its name when it is complete: if the disk is full or
-    Ctrl-C comes, what was there before is still there, and nothing else.
+    It is written under another name in the same folder and renamed when it is complete. If the disk is full or Ctrl-C
+    is pressed, the file that was there before stays, and nothing else is left.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The open file, in binary mode.
     """
     path = Path(os.path.realpath(path))
-    if not path.parent.is_dir():  # what open() says of the other name would puzzle who has never heard of it
+    if not path.parent.is_dir():  # the error of open() would name the temporary file
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    # Not by tempfile: its files are for their owner only, and the new name would keep that.
+    # Not by tempfile, whose files only their owner may read.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "xb") as file:
@@ -72,19 +91,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _write(file: BinaryIO, kind: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    # The widest first: so each lies at a multiple of its own size.
+    # The widest dtypes first, so that each tensor is aligned to its own size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    order = {name: _order(tensors[name]) for name in names}
+    order = {name: _memory_order(tensors[name]) for name in names}
     stored = {name: tensors[name].detach().permute(order[name]) for name in names}
-    about = {
+    metadata = {
         "package": build_info()["version"],
         **info,
         "kind": kind,
         "format": FORMAT,
         "order": {name: order[name] for name in names if order[name] != sorted(order[name])},
-        "sha256": _NO_SUM,
+        "sha256": _ZERO_CHECKSUM,
     }
-    header: dict[str, Any] = {"__metadata__": {"e2cm_ext": json.dumps(about)}}
+    header: dict[str, Any] = {"__metadata__": {"e2cm_ext": json.dumps(metadata)}}
     end = 0
     for name, tensor in stored.items():
         if tensor.dtype not in _DTYPES:
@@ -95,29 +114,29 @@ def _write(file: BinaryIO, kind: str, tensors: Mapping[str, Tensor], info: Mappi
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _LONGEST_HEADER:
-        raise ValueError(f"the description takes {len(text)} bytes; safetensors allows {_LONGEST_HEADER}")
-    start_of_file = len(text).to_bytes(8, "little") + text
+    if len(text) > _MAX_HEADER:
+        raise ValueError(f"the description takes {len(text)} bytes; safetensors allows {_MAX_HEADER}")
+    encoded = len(text).to_bytes(8, "little") + text
 
-    checksum = hashlib.sha256(start_of_file)
-    file.write(start_of_file)
+    checksum = hashlib.sha256(encoded)
+    file.write(encoded)
     for tensor in stored.values():
         data = bytes_of(tensor)
         checksum.update(data)
         file.write(data)
-    file.seek(start_of_file.index(_NO_SUM.encode()))
+    file.seek(encoded.index(_ZERO_CHECKSUM.encode()))
     file.write(checksum.hexdigest().encode())
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Those of all its numbers in the usual order, whatever its memory order and wherever it is."""
+    """Return the bytes of a tensor's values in contiguous order, whatever its memory order and device."""
     dense = tensor.detach().contiguous().cpu()
-    # Not reshape(-1): one number that was expanded is contiguous, and yet has stride 0.
+    # Not reshape(-1): an expanded tensor of one number is contiguous, but has stride 0.
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-def _order(tensor: Tensor) -> list[int]:
-    """The dimensions from the outermost in memory to the innermost; as they come for a tensor that is not dense."""
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions, outermost in memory first; unchanged for a tensor that is not dense."""
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
     return order if tensor.permute(order).is_contiguous() else list(range(tensor.dim()))
@@ -127,14 +146,23 @@ def _order(tensor: Tensor) -> list[int]:
 
 
 def read(path: str | os.PathLike[str], kind: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write` was given; tensors on the CPU, in the memory order they had. kind: None takes any.
+    """Read what `write` has written.
 
-    A ValueError says what is wrong with a file: not ours, of another kind or format, truncated, altered.
+    Args:
+        path: The file.
+        kind: The kind it must have; None: any.
+
+    Returns:
+        The tensors, on the CPU and in their memory order; and `info`, with "kind", "format" and "package" added.
+
+    Raises:
+        ValueError: The file is not of this package, of another kind or format, truncated or damaged.
+        OSError: The file cannot be read.
     """
     path = Path(path)
     with open(path, "rb") as file:
-        header, about, rest = _opened(file, path)
-    if about["sha256"] != rest:
+        header, about, checksum = _read_header(file, path)
+    if about["sha256"] != checksum:
         raise ValueError(f"{path} is damaged: its contents do not match its checksum; copy or save it again")
     if kind is not None and about["kind"] != kind:
         raise ValueError(f"{path} is a file of the kind {about['kind']!r}; wanted {kind!r}")
@@ -148,19 +176,19 @@ def read(path: str | os.PathLike[str], kind: str | None) -> tuple[dict[str, Tens
     return tensors, about
 
 
-def _opened(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """The header, our part of it, and the checksum that the file ought to have."""
+def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The header, the part of it that is ours, and the checksum of the file's contents."""
     size = os.fstat(file.fileno()).st_size
-    start = file.read(8 + len(_OPENING))
-    if start[8:] != _OPENING[: max(0, len(start) - 8)]:
+    start = file.read(8 + len(_PREFIX))
+    if start[8:] != _PREFIX[: max(0, len(start) - 8)]:
         raise ValueError(f"{path} is not a file of e2cm_ext: it does not begin like one")
     length = int.from_bytes(start[:8], "little")
-    if len(start) < 8 + len(_OPENING) or (length <= _LONGEST_HEADER and 8 + length > size):
+    if len(start) < 8 + len(_PREFIX) or (length <= _MAX_HEADER and 8 + length > size):
         raise ValueError(f"{path} is truncated: it ends after {size} bytes, before its description does")
     damaged = ValueError(f"{path} is damaged: its description cannot be read; copy or save it again")
-    if not len(_OPENING) < length <= _LONGEST_HEADER:
+    if not len(_PREFIX) < length <= _MAX_HEADER:
         raise damaged
-    text = start[8:] + file.read(length - len(_OPENING))
+    text = start[8:] + file.read(length - len(_PREFIX))
     try:
         header = json.loads(text)
         about = json.loads(header["__metadata__"]["e2cm_ext"])
@@ -180,7 +208,7 @@ def _opened(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, Any],
         raise ValueError(f"{path} is truncated: it has {size} of {wanted} bytes")
     if size > wanted:
         raise ValueError(f"{path} is damaged: it has {size} bytes instead of {wanted}; copy or save it again")
-    checksum = hashlib.sha256(start[:8] + text.replace(declared.encode(), _NO_SUM.encode()))
+    checksum = hashlib.sha256(start[:8] + text.replace(declared.encode(), _ZERO_CHECKSUM.encode()))
     while block := file.read(1 << 20):
         checksum.update(block)
     return header, about, checksum.hexdigest()

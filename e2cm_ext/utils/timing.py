@@ -1,4 +1,4 @@
-"""Times of several ways to do the same work, measured in turns, so that a change of the machine's speed meets all."""
+"""Times of several functions, measured in alternation, so that a change of the machine's speed affects them alike."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-__all__ = ["Ratio", "time_interleaved", "ratio"]
+__all__ = ["Ratio", "ratio", "time_interleaved"]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of two times, round by round: the median, and what 10% and 90% of the rounds are below."""
+    """The ratio of two times over many rounds: the median, and the 10th and 90th percentile."""
 
     median: float
     p10: float
@@ -28,14 +28,25 @@ class Ratio:
 
 
 def time_interleaved(
-    ways: Mapping[str, Callable[[], Any]],
+    functions: Mapping[str, Callable[[], Any]],
     rounds: int,
     *,
     device: torch.device | None = None,
     progress: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Tensor]:
-    """Seconds [rounds] of every way, after one round that does not count. A `device` that runs behind is waited for."""
+    """Measure functions in rounds, in each of which every function is called once.
+
+    Args:
+        functions: By name.
+        rounds: How many; one more goes before them and is not measured.
+        device: Waited for after every call, if it runs asynchronously.
+        progress: Show a progress bar.
+        clock: Returns seconds.
+
+    Returns:
+        Seconds [rounds] float64 of every function, by name.
+    """
     if rounds < 1:
         raise ValueError(f"`rounds` is {rounds}; wanted a whole number from 1 on")
 
@@ -44,19 +55,19 @@ def time_interleaved(
             torch.accelerator.synchronize(device)
         return clock()
 
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    turns = itertools.product(range(rounds + 1), ways.items())
-    for number, (name, way) in tqdm(
-        turns, total=(rounds + 1) * len(ways), desc="in turns", disable=not progress, leave=False
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    calls = itertools.product(range(rounds + 1), functions.items())
+    for number, (name, function) in tqdm(
+        calls, total=(rounds + 1) * len(functions), desc="measure", disable=not progress, leave=False
     ):
         start = now()
-        way()
+        function()
         if number:
             seconds[name].append(now() - start)
     return {name: torch.tensor(values, dtype=torch.float64, device="cpu") for name, values in seconds.items()}
 
 
 def ratio(seconds: Tensor, base: Tensor) -> Ratio:
-    """Of neighbours in time."""
+    """Compare the times of one function with those of another, round by round."""
     low, middle, high = (seconds / base).quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
     return Ratio(middle, low, high)

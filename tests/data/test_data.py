@@ -14,8 +14,8 @@ from support.helpers import INF, NAN, generator, same_bits
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from e2cm_ext import data
 from e2cm_ext.data import Arrays, Batches, checked, load, split, transform_of
+from e2cm_ext.data.arrays import PILImages
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 COLOUR = (MEAN, STD)
@@ -225,7 +225,7 @@ def test_a_split_data_loader_keeps_its_ways():
 
 @pytest.mark.parametrize("shares", [[], [0.5, 0.6], [0.0, 1.0], [-0.1], [30, 21], [0.99, 0.001], [NAN]])
 def test_shares_that_are_none(shares):
-    with pytest.raises(ValueError, match=r"`shares` are \[.*\] of 50 samples; wanted"):
+    with pytest.raises(ValueError, match=r"`lengths` are \[.*\] of 50 samples; wanted"):
         split(Batches(numbered(50)), shares)
 
 
@@ -463,7 +463,7 @@ def test_transform_of_weights():
 
 @pytest.fixture
 def torchvision():
-    from vision import torchvision
+    from support.vision import torchvision
 
     return torchvision
 
@@ -551,7 +551,7 @@ def test_torchvision_data_set_by_name(torchvision, tmp_path, monkeypatch, name):
     write_mnist(tmp_path, x, y, "train", folder)
     write_mnist(tmp_path, x_test, y_test, "t10k", folder)
     loader = load(name, root=tmp_path, normalise=(0.13, 0.31), batch_size=5)
-    assert isinstance(loader._whole, Arrays)  # cut in one piece, not read image by image
+    assert isinstance(loader._source, Arrays)  # cut in one piece, not read image by image
     images, labels = all_of(loader)
     assert_close(images, by_numpy(x, (0.13, 0.31)))
     assert labels.tolist() == y.tolist()
@@ -619,15 +619,15 @@ def test_nothing_is_downloaded_unasked(torchvision, tmp_path):
 
 
 def test_transform_of_real_models(torchvision):
-    from vision import timm
+    from support.vision import timm
 
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     x, y = pictures(2, 300, 260, 3)
     prepare = transform_of(weights)
-    loader = Batches(data._Pictures(Arrays(x, y, normalise=None), prepare))
+    loader = Batches(PILImages(Arrays(x, y, normalise=None), prepare))
     assert all_of(loader)[0].shape == (2, 3, 224, 224)
     model = timm.create_model("resnet10t", pretrained=False)
-    images, _ = all_of(Batches(data._Pictures(Arrays(x, y, normalise=None), transform_of(model))))
+    images, _ = all_of(Batches(PILImages(Arrays(x, y, normalise=None), transform_of(model))))
     assert images.shape == (2, *model.pretrained_cfg["input_size"])
 
 

@@ -9,7 +9,7 @@ from support.small import digits, trained
 from test_fast_exit import ByHand
 
 from e2cm_ext import EarlyExit, fast_exit
-from e2cm_ext.data.overlap import FittedImages, numbers_of
+from e2cm_ext.data.overlap import FittedImages, image_hashes
 
 
 def images(count: int, seed: int, shape=(3, 20, 20), dtype=torch.float32):
@@ -27,19 +27,19 @@ def seen_in(x, batch=100) -> FittedImages:
 def test_the_share_that_was_seen(count):
     x = images(count, 0, shape=(40,))
     seen = seen_in(x)
-    assert seen.share(numbers_of(x.flip(0))) == 1.0
-    new = numbers_of(images(5000, 1, shape=(40,)))
-    assert seen.share(new) == 0.0
-    mixed = torch.cat([new[:count], numbers_of(x)])
-    assert seen.share(mixed) == pytest.approx(len(x) / len(mixed), abs=0.05)
+    assert seen.overlap(image_hashes(x.flip(0))) == 1.0
+    new = image_hashes(images(5000, 1, shape=(40,)))
+    assert seen.overlap(new) == 0.0
+    mixed = torch.cat([new[:count], image_hashes(x)])
+    assert seen.overlap(mixed) == pytest.approx(len(x) / len(mixed), abs=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
 def test_numbers_are_of_images_and_not_of_memory(dtype):
     x = (50 * images(300, 2)).to(dtype)
-    numbers = numbers_of(x)
+    numbers = image_hashes(x)
     assert len(numbers.unique()) == 300
-    assert torch.equal(numbers, numbers_of(x.contiguous(memory_format=torch.channels_last)))
+    assert torch.equal(numbers, image_hashes(x.contiguous(memory_format=torch.channels_last)))
     assert (numbers < 0).double().mean() == pytest.approx(0.5, abs=0.1)
 
 

@@ -24,9 +24,9 @@ from torch import nn
 
 from e2cm_ext import Decisions, ops
 from e2cm_ext.heads import ClassMeans, Head, PooledMeans, WhitenedMeans, all_reduce_sum, build, class_means, from_config
-from e2cm_ext.heads.rules import Rule, rule
+from e2cm_ext.heads.rules import Rule, as_rule
 
-CONFIDENCE = rule("confidence")
+CONFIDENCE = as_rule("confidence")
 
 
 @pytest.fixture(autouse=True)
@@ -137,8 +137,8 @@ def test_batches_larger_than_what_is_summed_at_a_time(monkeypatch, passes):
     x, labels = problem(shape=(10,))
     expected = by_numpy(x, labels, 6)
     for few in (1, 7, 64):
-        monkeypatch.setattr(class_means, "_WIDENED", 10 * few + 5)
-        monkeypatch.setattr(class_means, "_ROWS", few)
+        monkeypatch.setattr(class_means, "_FLOAT64_NUMBERS", 10 * few + 5)
+        monkeypatch.setattr(class_means, "_FLOAT32_ROWS", few)
         head = fit(ClassMeans(6, (10,), passes=passes), (x, labels))
         assert_close(head.means, expected[0])
         assert_close(head.scale, expected[3 - passes])
@@ -461,10 +461,10 @@ def test_means_follow_the_order_of_the_features(last):
     assert is_last(head.center[None]) == last
     assert head.config()["channels_last"] is last
     # Both as they are in memory: neither is copied before the comparison.
-    assert ops.checks.features("x", x).channels_last == last
-    look = ops.checks.looks("statistics", x, None)
-    assert ops.checks.class_vectors("means", look, head.means)[0].data_ptr() == head.means.data_ptr()
-    assert ops.checks.center(look, head.center).data_ptr() == head.center.data_ptr()
+    assert ops.validation.features("x", x).channels_last == last
+    look = ops.validation.resolve_input("statistics", x, None)
+    assert ops.validation.class_vectors("means", look, head.means)[0].data_ptr() == head.means.data_ptr()
+    assert ops.validation.center(look, head.center).data_ptr() == head.center.data_ptr()
 
 
 def test_to_memory_format_converts_means_as_it_does_weights():
@@ -681,7 +681,7 @@ class Margin(Rule):
         return first - second
 
 
-RULES = [rule("confidence"), rule("entropy"), Margin()]
+RULES = [as_rule("confidence"), as_rule("entropy"), Margin()]
 
 
 @pytest.mark.parametrize("number", range(4), ids=HEAD_REGISTRY)
@@ -899,8 +899,8 @@ class LinearHead(Head):
 
 def test_the_head_of_the_documentation_works():
     doc = Head.__doc__
-    code = doc[doc.index("    class LeastSquares") : doc.index("That is all")]
-    names = {"Head": Head, "math": math, "torch": torch, "total": all_reduce_sum, "__name__": "documentation"}
+    _, code = doc.split("Example:\n")
+    names = {"__name__": "documentation"}
     exec(textwrap.dedent(code), names)
     images, labels = load_digits(return_X_y=True)
     x, labels = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16, torch.from_numpy(labels)

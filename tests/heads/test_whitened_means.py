@@ -28,14 +28,14 @@ from support.helpers import (
 from torch import nn
 
 from e2cm_ext import Decisions, PooledMeans, Statistics, WhitenedMeans
-from e2cm_ext.heads import ClassMeans, build, from_config, statistics_of, whitened_means
-from e2cm_ext.heads.rules import Rule, rule
-from e2cm_ext.heads.whitened_means import oas
+from e2cm_ext.heads import ClassMeans, build, from_config, lda, statistics_of
+from e2cm_ext.heads.lda import oas
+from e2cm_ext.heads.rules import Rule, as_rule
 from e2cm_ext.ops import reference
 
 SHAPE = (6, 7, 5)
 STATISTICS = Statistics(mean=(2, 2), rms=(1, 2), max=(2, 1), pairs=3)
-CONFIDENCE = rule("confidence")
+CONFIDENCE = as_rule("confidence")
 
 
 @pytest.fixture(autouse=True)
@@ -86,10 +86,10 @@ def by_sklearn(rows, labels, shrinkage):
     return lambda rows: torch.from_numpy(model.predict_log_proba(rows.numpy() / scale))
 
 
-def by_hand(rows, labels, classes, shrinkage, blur=whitened_means._RIDGE):
+def by_hand(rows, labels, classes, shrinkage, ridge=lda.RIDGE):
     """The same function by the formula of the docstring, in float64."""
     deviations = within(rows, labels)
-    scale = (deviations.square().mean(0) + blur * rows.var(0, correction=0)).sqrt()
+    scale = (deviations.square().mean(0) + ridge * rows.var(0, correction=0)).sqrt()
     correlations = (1 - shrinkage) * (deviations / scale).T @ (deviations / scale) / len(rows)
     covariance = scale[:, None] * scale * correlations.fill_diagonal_(1)
     counts = labels.bincount(minlength=classes).double()
@@ -130,7 +130,7 @@ def test_it_is_linear_discriminant_analysis(shrinkage, error, sizes):
     wanted = by_sklearn(looked_at(x), labels, shrinkage)(looked_at(fresh))
     assert_close(head(fresh), wanted, error)
     assert_close(head(fresh), by_hand(looked_at(x), labels, 4, shrinkage)(looked_at(fresh)), 2e-4)
-    assert_close(by_hand(looked_at(x), labels, 4, shrinkage, blur=0)(looked_at(fresh)), wanted, 1e-9)
+    assert_close(by_hand(looked_at(x), labels, 4, shrinkage, ridge=0)(looked_at(fresh)), wanted, 1e-9)
 
 
 @pytest.mark.parametrize(("samples", "size"), [(50, 10), (20, 60), (1000, 3)])
@@ -196,8 +196,8 @@ def test_more_than_is_summed_at_a_time(monkeypatch):
     x, labels = problem()
     expected = fit(head_of(x, statistics=STATISTICS), (x, labels))
     for rows, columns in ((7, 256), (512, 5), (1, 66), (100, 65)):
-        monkeypatch.setattr(whitened_means, "_ROWS", rows)
-        monkeypatch.setattr(whitened_means, "_COLUMNS", columns)
+        monkeypatch.setattr(lda, "_CHUNK_ROWS", rows)
+        monkeypatch.setattr(lda, "_BLOCK_COLUMNS", columns)
         assert_same_weights(fit(head_of(x, statistics=STATISTICS), *in_batches(x, labels, [30, 300])), expected)
 
 
@@ -306,9 +306,9 @@ def test_one_sample_per_class(shape):
 def test_means_are_pulled_by_what_is_chance():
     """Means of n samples of d numbers with variance 1 are sqrt(d / n) away from where they should be."""
     squares, counts = torch.tensor([30.0, 50.0, 7.0]).double(), torch.tensor([10, 40, 0])
-    assert whitened_means.by_chance(squares, counts, 20) == pytest.approx((20 / 10 + 20 / 40) / 80)
-    assert whitened_means.by_chance(squares, counts, 10_000) == 0.9
-    assert whitened_means.by_chance(torch.zeros(3).double(), counts, 20) == 0.0
+    assert lda.james_stein_shrinkage(squares, counts, 20) == pytest.approx((20 / 10 + 20 / 40) / 80)
+    assert lda.james_stein_shrinkage(squares, counts, 10_000) == 0.9
+    assert lda.james_stein_shrinkage(torch.zeros(3).double(), counts, 20) == 0.0
 
 
 def test_a_pulled_head_is_one_with_means_nearer_to_their_middle():
@@ -479,7 +479,7 @@ def test_parts_merged_are_the_whole(cuts, offset, seed):
     for other in others:
         before = copy.deepcopy(other)
         first.merge(other)
-        if before._tally is not None and before._tally.any():
+        if before._label_counts is not None and before._label_counts.any():
             assert same_bits(fit(other).weight, fit(before).weight)
     first.finish(0)
     assert_same_weights(first, expected)
@@ -552,7 +552,7 @@ class Margin(Rule):
         return first - second
 
 
-RULES = [CONFIDENCE, rule("entropy"), Margin()]
+RULES = [CONFIDENCE, as_rule("entropy"), Margin()]
 
 
 @pytest.mark.parametrize("the_rule", RULES, ids=lambda r: r.name)

@@ -12,8 +12,8 @@ from support.helpers import NAN
 from support.small import SHAPE, samples
 from test_exporter import network, noisy
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import clients
+sys.path.append(str(Path(__file__).parents[2]))  # at the end: e2cm_ext is the installed one
+from bench import clients
 
 pytestmark = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("litserve", "prometheus_client")),

@@ -112,7 +112,7 @@ def test_exits_that_are_off_take_no_part():
 
 def test_fewer_exits_keep_their_weights():
     ensemble = aep.Ensemble((1, 2, 3, 4), (5, 6, 7, 8)).at_exits([0, 2])
-    assert (ensemble.learning, ensemble.answering) == ((1, 3, 4), (5, 7, 8))
+    assert (ensemble.loss_weights, ensemble.prediction_weights) == ((1, 3, 4), (5, 7, 8))
     ee = random_exits()
     x, few = images(20), ee.at_exits(["block1", "block3"])
     few.thresholds = ON
@@ -271,7 +271,7 @@ def test_errors():
     for weights in ((0.0, 1.0), ()):
         with pytest.raises(ValueError, match="more than 0 for the first exit"):
             aep.Ensemble((0.0, 1.0), weights)
-    with pytest.raises(ValueError, match="2 `learning` and 3 `answering`"):
+    with pytest.raises(ValueError, match="2 `loss_weights` and 3 `prediction_weights`"):
         aep.Ensemble((1, 1), (1, 1, 1))
     for drop in (-0.1, math.nan):
         with pytest.raises(ValueError, match="`accuracy_drop` is"):

@@ -13,6 +13,7 @@ from support.small import all_of, bits_of, by_hand, digits, images, loader, net,
 
 from e2cm_ext import EarlyExit, Record
 from e2cm_ext.methods import bwds, training
+from e2cm_ext.utils import distributed
 
 NUMBERS = st.integers(0, 10**6)
 
@@ -23,7 +24,7 @@ NUMBERS = st.integers(0, 10**6)
 def test_labels_and_weights_by_hand():
     """Here .4 has been spent, where they would leave .7, .7, 1 and .7; an error is worth half the network."""
     here, behind = torch.tensor([0.0, 1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 1.0])
-    leave, weight = bwds.verdicts(here, behind, 0.4, torch.tensor([0.7, 0.7, 1.0, 0.7]), price=0.5)
+    leave, weight = bwds.exit_labels(here, behind, 0.4, torch.tensor([0.7, 0.7, 1.0, 0.7]), price=0.5)
     # .5 * 0 <= .3 by .3;  .5 * 1 <= .3 not, by .2;  .5 * 1 <= .6 by .1;  .5 * 0 <= .3 by .3
     assert leave.tolist() == [True, False, True, True]
     assert weight.tolist() == pytest.approx([0.3, 0.2, 0.1, 0.3])
@@ -31,7 +32,7 @@ def test_labels_and_weights_by_hand():
 
 def test_a_tie_leaves():
     """lambda * (excess loss) <= extra cost."""
-    leave, weight = bwds.verdicts(torch.ones(1), torch.zeros(1), 0.25, torch.tensor([0.75]), price=0.5)
+    leave, weight = bwds.exit_labels(torch.ones(1), torch.zeros(1), 0.25, torch.tensor([0.75]), price=0.5)
     assert (leave.tolist(), weight.tolist()) == ([True], [0.0])
 
 
@@ -42,12 +43,12 @@ def test_what_is_behind_has_been_decided_already():
 
     def decide(inputs, leave, weight):
         seen.append((leave.tolist(), weight.tolist()))
-        return bwds.separate(inputs, leave, weight)
+        return bwds.fit_decision(inputs, leave, weight)
 
-    cells, everybody = torch.eye(3), torch.ones(3, dtype=torch.bool)
+    cells, all_samples = torch.eye(3), torch.ones(3, dtype=torch.bool)
     losses = torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 1, 1]])
-    left = [everybody, everybody]
-    bwds.backward([cells, cells], losses, [0.2, 0.5, 1.0], 2.0, left, decide)
+    left = [all_samples, all_samples]
+    bwds.learn_at_price([cells, cells], losses, [0.2, 0.5, 1.0], 2.0, left, decide)
     (last, last_weight), (first, first_weight) = seen
     assert last == [True, False, True]
     assert last_weight == pytest.approx([0.5, 2 - 0.5, 0.5])
@@ -66,7 +67,7 @@ def test_who_has_stayed_at_a_lower_price_stays():
 
     left = [torch.tensor([True, True]), torch.tensor([True, False])]
     losses = torch.tensor([[1.0, 0, 0], [1, 0, 1]])
-    bwds.backward([torch.zeros(2, 1)] * 2, losses, [0.2, 0.5, 1.0], 3.0, left, leave_all)
+    bwds.learn_at_price([torch.zeros(2, 1)] * 2, losses, [0.2, 0.5, 1.0], 3.0, left, leave_all)
     assert [each.tolist() for each in left] == [[True, True], [True, False]]
     # At exit 0, going on costs .3 and gets it right, or .8 for the same error.
     assert seen[1] == pytest.approx([3 - 0.3, 0.8])
@@ -95,7 +96,9 @@ def test_the_best_of_all_policies_is_found_at_every_price(seed):
     inputs = [torch.eye(2)[cells[0]], torch.eye(4)[cells[1]]]
     decisions = bwds.sweep(inputs, wrong.double(), costs, prices)
     assert [list(each.shape) for each in decisions] == [[4, 3], [4, 5]]
-    leaves = [torch.stack([bwds.opinion(torch.eye(each.shape[1] - 1), one) > 0 for one in each]) for each in decisions]
+    leaves = [
+        torch.stack([bwds.decision_score(torch.eye(each.shape[1] - 1), one) > 0 for one in each]) for each in decisions
+    ]
     nested = [each.int().cumprod(0).bool() for each in leaves]
     policies = itertools.product(itertools.product([False, True], repeat=2), itertools.product([False, True], repeat=4))
     worths = [[worth(policy, cells, wrong.double(), costs, price) for price in prices] for policy in policies]
@@ -104,15 +107,15 @@ def test_the_best_of_all_policies_is_found_at_every_price(seed):
         assert found == pytest.approx(min(each[p] for each in worths), abs=1e-9)
 
 
-def test_weights_decide_where_verdicts_differ():
+def test_weights_decide_where_labels_differ():
     """Of samples that look alike, those that matter more win, not those that are more."""
     inputs, leave = torch.zeros(5, 1), torch.tensor([True, True, True, True, False])
-    few = bwds.separate(inputs, leave, torch.tensor([1.0, 1, 1, 1, 9]))
-    many = bwds.separate(inputs, leave, torch.tensor([1.0, 1, 1, 1, 3]))
-    assert bwds.opinion(inputs, few)[0] < 0 < bwds.opinion(inputs, many)[0]
+    few = bwds.fit_decision(inputs, leave, torch.tensor([1.0, 1, 1, 1, 9]))
+    many = bwds.fit_decision(inputs, leave, torch.tensor([1.0, 1, 1, 1, 3]))
+    assert bwds.decision_score(inputs, few)[0] < 0 < bwds.decision_score(inputs, many)[0]
 
 
-def test_separate_agrees_with_scikit_learn():
+def test_a_decision_function_agrees_with_scikit_learn():
     from sklearn.linear_model import LogisticRegression
 
     g = generator(1)
@@ -122,7 +125,7 @@ def test_separate_agrees_with_scikit_learn():
     standardised = ((x - x.mean(0)) / x.std(0, correction=0)).double()
     oracle = LogisticRegression(C=1e6, tol=1e-8, max_iter=1000).fit(standardised, leave, weight)
     expected = torch.from_numpy(oracle.decision_function(standardised))
-    found = bwds.opinion(x.double(), bwds.separate(x.double(), leave, weight))
+    found = bwds.decision_score(x.double(), bwds.fit_decision(x.double(), leave, weight))
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
 
 
@@ -130,10 +133,10 @@ def test_separate_agrees_with_scikit_learn():
 
 
 def test_what_decisions_go_by_by_hand():
-    found = bwds.scores(torch.tensor([[0.7, 0.2, 0.1]]).log())
+    found = bwds.classifier_scores(torch.tensor([[0.7, 0.2, 0.1]]).log())
     entropy = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1))
     assert found[0].tolist() == pytest.approx([0.7, 0.5, math.log(3.5), entropy, 0.7, 0.2, 0.1], rel=1e-5)
-    certain = bwds.scores(torch.tensor([[0.0, -INF, -INF]]))
+    certain = bwds.classifier_scores(torch.tensor([[0.0, -INF, -INF]]))
     assert certain[0].tolist() == [1, 1, 50, 0, 1, 0, 0]
 
 
@@ -203,7 +206,7 @@ def test_decisions_are_better_than_any_that_are_the_same_for_all(inputs):
     a hundredth to it, since a logistic loss is not what is counted."""
     ee, (x, y) = untrained(inputs), all_of(digits()[0])
     training.run(
-        training.Learners(ee),
+        training.ExitHeads(ee),
         [(x, y)],
         lambda outputs, labels, _: sum(torch.nn.functional.cross_entropy(each, labels) for each in outputs[:-1]),
         epochs=40,
@@ -231,18 +234,13 @@ def test_every_process_decides_from_the_samples_of_all(monkeypatch):
     expected = [head.decisions.clone() for head in ee.heads]
     seen = []
 
-    def gather(parts, rows):
-        parts[0] = rows
-        if len(parts) == 1:
-            seen.append(rows)
-        else:
-            parts[1] = seen.pop(0)
+    def collect(rows):
+        seen.append(rows)
+        return [rows]
 
-    monkeypatch.setattr(bwds.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(bwds.dist, "all_gather_object", gather)
-    monkeypatch.setattr(bwds.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(distributed, "all_gather_objects", collect)
     bwds.decide(ee, [second], progress=False)
-    monkeypatch.setattr(bwds.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda rows: [rows, seen.pop(0)])
     bwds.decide(ee, [first], progress=False)
     assert all(torch.equal(head.decisions, each) for head, each in zip(ee.heads, expected, strict=True))
     assert not seen

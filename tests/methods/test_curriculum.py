@@ -21,12 +21,12 @@ def all_digits():
 
 def test_sizes_by_hand():
     """4% of 1000, 1.9 times as many after every 10 batches: 40, 76, 144.4, 274.36, 521.284, 990.4396, all."""
-    sizes = [curriculum.size(10 * step, 1000, 0.04, 1.9, 10) for step in range(9)]
+    sizes = [curriculum.subset_size(10 * step, 1000, 0.04, 1.9, 10) for step in range(9)]
     assert sizes == [40, 76, 144, 274, 521, 990, 1000, 1000, 1000]
-    assert [curriculum.size(batch, 1000, 0.04, 1.9, 10) for batch in (9, 10, 19, 20)] == [40, 76, 76, 144]
-    assert curriculum.size(0, 5) == 1
-    assert curriculum.size(10**9, 5) == 5  # 1.9 to that power is more than a float can hold
-    assert curriculum.size(0, 50, start=1.0) == 50
+    assert [curriculum.subset_size(batch, 1000, 0.04, 1.9, 10) for batch in (9, 10, 19, 20)] == [40, 76, 76, 144]
+    assert curriculum.subset_size(0, 5) == 1
+    assert curriculum.subset_size(10**9, 5) == 5  # 1.9 to that power is more than a float can hold
+    assert curriculum.subset_size(0, 50, start=1.0) == 50
 
 
 @pytest.mark.parametrize("order", ["curriculum", "anti", "random"])

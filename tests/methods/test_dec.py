@@ -15,8 +15,11 @@ import e2cm_ext as e2cm
 from e2cm_ext import ops
 from e2cm_ext.clusters import scores
 from e2cm_ext.methods import dec
+from e2cm_ext.methods.dec.run import TrainingRun
 
-SMALL = dec.Schedule(layer_epochs=1, epochs=1, exit_epochs=1, starts=1, refresh=3, most=2, batch=32)
+SMALL = dec.Schedule(
+    layer_epochs=1, epochs=1, exit_epochs=1, k_means_starts=1, target_interval=3, max_targets=2, batch_size=32
+)
 WIDTHS = (12, 14, 16)
 
 
@@ -138,14 +141,14 @@ def test_code_means_can_be_fitted_like_any_head():
 def test_frozen_layers_are_frozen():
     """What the exits learn leaves the large encoder as it was, bit for bit."""
     ee, rows = built(), images()
-    work = dec._Work(ee, rows, None, SMALL, 0, None, False)
+    run = TrainingRun(ee, rows, None, SMALL, 0, None, False)
     torch.manual_seed(0)
-    for step, which in work.steps()[:3]:
+    for step, which in run.steps()[:3]:
         step(which)
     before = {name: value.clone() for name, value in ee.stages.state_dict().items()}
     encoders = [head.encoder.weight.clone() for head in ee.heads]
     assert any(not same_bits(value, built().stages.state_dict()[name]) for name, value in before.items())
-    for step, which in work.steps()[3:]:
+    for step, which in run.steps()[3:]:
         step(which)
     assert all(same_bits(value, before[name]) for name, value in ee.stages.state_dict().items())
     assert not any(same_bits(head.encoder.weight, old) for head, old in zip(ee.heads, encoders, strict=True))
@@ -153,11 +156,11 @@ def test_frozen_layers_are_frozen():
 
 def test_it_ends_when_hardly_anything_changes():
     rows = images()
-    ends = train(built(), rows, schedule=replace(SMALL, most=50, tolerance=0.9)).changed
+    ends = train(built(), rows, schedule=replace(SMALL, max_targets=50, tolerance=0.9)).changed
     assert [len(each) for each in ends] == [2, 2, 2]  # not at the first target, which nothing has been learned from
-    goes_on = train(built(), rows, schedule=replace(SMALL, most=7, tolerance=0.0)).changed
+    goes_on = train(built(), rows, schedule=replace(SMALL, max_targets=7, tolerance=0.0)).changed
     assert [len(each) for each in goes_on] == [7, 7, 7]
-    for each in train(built(), rows, schedule=replace(SMALL, most=50, tolerance=0.02)).changed:
+    for each in train(built(), rows, schedule=replace(SMALL, max_targets=50, tolerance=0.02)).changed:
         assert each[-1] < 0.02 or len(each) == 50
         assert all(share >= 0.02 for share in each[1:-1])
 
@@ -190,15 +193,15 @@ def test_it_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     rows, path = images(), tmp_path / "dec"
     whole = built()
     wanted = train(whole, rows, seed=3)
-    fine_tune = dec._Work._fine_tune
+    fine_tune = TrainingRun._fine_tune
 
-    def interrupted(work, which):
+    def interrupted(run, which):
         if which == 1:
             raise KeyboardInterrupt
-        fine_tune(work, which)
+        fine_tune(run, which)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dec._Work, "_fine_tune", interrupted)
+        patch.setattr(TrainingRun, "_fine_tune", interrupted)
         train(built(), rows, seed=3, checkpoint=path)
     again = built(seed=1)
     got = train(again, rows, seed=3, checkpoint=path)
@@ -262,7 +265,14 @@ def trained_on_digits(seed):
     unseen = torch.cat([images for images, _ in test]) * 0.38 + 0.3, torch.cat([labels for _, labels in test])
     ee = dec.build(x[:1], widths=(100, 100, 400), seed=seed)
     schedule = dec.Schedule(
-        layer_epochs=40, epochs=30, exit_epochs=2, starts=5, rate=2e-3, cluster_rate=5e-4, refresh=10, most=10
+        layer_epochs=40,
+        epochs=30,
+        exit_epochs=2,
+        k_means_starts=5,
+        lr=2e-3,
+        cluster_lr=5e-4,
+        target_interval=10,
+        max_targets=10,
     )
     dec.train(ee, [x], schedule=schedule, seed=seed, progress=False)
     return ee, x, unseen

@@ -34,7 +34,7 @@ def logs(*p: float) -> list[torch.Tensor]:
 
 def test_the_recursion_by_hand():
     """Two exits: Y'_2 = .9, Y'_1 = .25 * .6 + .75 * .9 = .825, Y'_0 = .5 * .2 + .5 * .825 = .5125."""
-    answers, costs = eenets.outcome(logs(0.2, 0.6, 0.9), [logit(0.5), logit(0.25)], [0.3, 0.5, 1.1])
+    answers, costs = eenets.expectation(logs(0.2, 0.6, 0.9), [logit(0.5), logit(0.25)], [0.3, 0.5, 1.1])
     assert answers.exp()[:, 0].tolist() == pytest.approx([0.5125, 0.825, 0.9])
     # C'_1 = .25 * .5 + .75 * 1.1 = .95, C'_0 = .5 * .3 + .5 * .95 = .625.
     assert costs[:, 0].tolist() == pytest.approx([0.625, 0.95, 1.1])
@@ -144,7 +144,7 @@ def test_both_branches_by_their_definition():
     block, x = eenets.ExitBlock(3, (4, 2, 2)).eval(), torch.randn(5, 4, 2, 2, generator=generator(0))
     log_probs, h = block.gate(x)
     pooled = x.double().sum((2, 3)) / 4
-    y = (pooled @ block.answer.weight.double().T + block.answer.bias).exp()
+    y = (pooled @ block.classifier.weight.double().T + block.classifier.bias).exp()
     torch.testing.assert_close(log_probs.exp().double(), y / y.sum(1, keepdim=True), rtol=1e-5, atol=1e-6)
     assert torch.equal(block(x), log_probs)
     stay = (-(pooled @ block.confidence.weight[0].double() + block.confidence.bias)).exp()
@@ -158,7 +158,7 @@ def test_the_norm_is_of_the_map():
     x = 5 + 3 * torch.randn(50, 4, 2, 2, generator=generator(1))
     normal = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True, correction=0)
     logits, _ = block.outputs(block.squeeze(x))
-    torch.testing.assert_close(logits, block.answer(normal.mean((2, 3))), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits, block.classifier(normal.mean((2, 3))), rtol=1e-3, atol=1e-4)
     assert block.config()["norm"]
 
 
@@ -200,7 +200,7 @@ def test_training_uses_these_losses():
     """Nothing is learned at a learning rate of 0: every epoch gives the loss of the same outputs, by its own stage."""
     ee = eenets.build(net(), images(1), exits=["block1", "block3"])
     (x, y) = loader(40, 40)[0]
-    learners, features = training.Learners(ee), training.Features(ee)(x)
+    learners, features = training.ExitHeads(ee), training.Features(ee)(x)
     with torch.no_grad():
         (first, g1), (second, g2), logits = learners(features)
     log_probs = [each.log_softmax(1) for each in (first, second, logits)]
@@ -268,7 +268,7 @@ def test_two_processes_may_leave_the_gates_for_later(tmp_path):
             from e2cm_ext.methods import eenets, training
             dist.init_process_group("gloo")
             torch.set_num_threads(1)
-            own, _ = training.rank()
+            own, _ = training.rank_and_world_size()
             ee = eenets.build(net(), images(1), exits=["block1", "block3"])
             start = {{name: value.clone() for name, value in ee.heads.state_dict().items()}}
             x, y = loader(40, 40)[0]

@@ -35,7 +35,7 @@ def test_truth_table(leave, agree):
     """Every case of: the learned head is sure; class means are sure; they name the same class."""
     threshold, limit = 0.7, 0.4
     for sure, means_sure, same in itertools.product((False, True), repeat=3):
-        certainty = joined.consult(
+        certainty = joined.joint_certainty(
             torch.tensor([0.8 if sure else 0.6]),
             torch.tensor([3]),
             torch.tensor([0.5 if means_sure else 0.3]),
@@ -52,12 +52,12 @@ def test_truth_table(leave, agree):
 @pytest.mark.parametrize(("leave", "agree"), WAYS)
 def test_samples_that_cannot_be_compared_stay(leave, agree):
     for confidence, theirs in ((NAN, 0.9), (NAN, NAN)):
-        found = joined.consult(
+        found = joined.joint_certainty(
             torch.tensor([confidence]), torch.tensor([0]), torch.tensor([theirs]), torch.tensor([0]), 0.1, leave, agree
         )
         assert not found > -INF
     # Without a word from the class means the learned head decides alone, or not at all.
-    found = joined.consult(
+    found = joined.joint_certainty(
         torch.tensor([0.6]), torch.tensor([0]), torch.tensor([NAN]), torch.tensor([0]), -INF, leave, agree
     )
     assert bool(found > 0.5) == (leave == "either")
@@ -71,7 +71,7 @@ def test_the_network_does_what_the_table_says(learned, means, leave, agree):
         own = list(e2cm.runtime.cascade.scores(learned.stages, learned.heads, images))
         theirs = list(e2cm.runtime.cascade.scores(means.stages, means.heads, images))
     thresholds, limits = ([float(p.exp().amax(1).quantile(0.5)) for p in scores[:4]] for scores in (own, theirs))
-    joined.limit(ee, limits)
+    joined.set_limits(ee, limits)
     ee.thresholds = thresholds
     decisions = ee.predict(images)
     asked = voted = 0
@@ -98,10 +98,10 @@ def test_records_apart_tell_what_they_do_together(learned, means, leave, agree):
     """To the bit, for all limits that `options` proposes."""
     ee = joined.join(learned, leave=leave, agree=agree).fit(digits()[0], progress=False)
     apart = [each.record(digits()[1], progress=False) for each in (learned, means)]
-    found = list(joined.options(*apart, ee.costs, leave, agree, levels=(0.3, 0.7)))
+    found = list(joined.options(*apart, ee.costs, leave, agree, budgets=(0.3, 0.7)))
     assert len(found) == (3 if agree == "class" else 2)
     for limits, expected in found:
-        joined.limit(ee, limits)
+        joined.set_limits(ee, limits)
         record = ee.record(digits()[1], progress=False)
         assert same_bits(record.confidence[:, :-1], expected.confidence[:, :-1])
         assert torch.equal(record.prediction, expected.prediction)
@@ -115,7 +115,7 @@ def test_means_that_are_fitted_already_are_copied(learned, means):
     fitted = joined.join(learned).fit(digits()[0], progress=False)
     images, _ = digits()[2][0]
     for network in (ready, fitted):
-        joined.limit(network, [0.11] * 4)
+        joined.set_limits(network, [0.11] * 4)
         network.thresholds = 0.9
     assert torch.equal(ready.predict(images).exit, fitted.predict(images).exit)
     assert ready.heads[0].means is not means.heads[0]
@@ -142,13 +142,13 @@ def test_fitting_is_for_the_means_and_leaves_the_learned_heads_alone(learned, me
         assert same_bits(head.means.means, b.means) and same_bits(head.means.scale, b.scale)
         assert torch.equal(head.counts, b.counts)
         assert head.learned is not a
-    with pytest.raises(TypeError, match="consults nobody"):
-        joined.limit(learned, [0.0] * 4)
+    with pytest.raises(TypeError, match="has no limit; wanted a network that `join` has made"):
+        joined.set_limits(learned, [0.0] * 4)
 
 
 @pytest.mark.parametrize("head", ["class_means", "whitened_means"])
-def test_blended_is_the_product(learned, head):
-    ee = joined.join(learned, head, blend=True).fit(digits()[0], progress=False)
+def test_the_product_is_that_of_the_probabilities(learned, head):
+    ee = joined.join(learned, head, multiply=True).fit(digits()[0], progress=False)
     images, _ = all_of(digits()[2])
     beside = e2cm.EarlyExit(learned.stages, torch.zeros(1, *SHAPE), head=head).fit(digits()[0], progress=False)
     with torch.no_grad():
@@ -161,11 +161,11 @@ def test_blended_is_the_product(learned, head):
         torch.testing.assert_close(both[j], product / product.sum(1, keepdim=True), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["consulting", "blended"])
+@pytest.mark.parametrize("way", ["voting", "product"])
 def test_all_ways(learned, tmp_path, way):
-    ee = joined.join(learned, "whitened_means", blend=way == "blended").fit(digits()[0], progress=False)
-    if way == "consulting":
-        joined.limit(ee, [0.2, 0.2, 0.3, 0.3])
+    ee = joined.join(learned, "whitened_means", multiply=way == "product").fit(digits()[0], progress=False)
+    if way == "voting":
+        joined.set_limits(ee, [0.2, 0.2, 0.3, 0.3])
     assert ee.combination == learned.combination
     check_all_ways(ee, digits()[1], tmp_path / "ee")
     with pytest.raises(ValueError, match="`leave` is 'all'"):

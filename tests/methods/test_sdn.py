@@ -112,7 +112,7 @@ def test_tau_rises_to_the_fraction_asked_for_or_to_where_an_exit_stands():
         spent = [int(1000 * f) for f in fractions]
         stages = [b - a for a, b in zip([0, *spent], [*spent, 1000], strict=True)]
         ee.costs = e2cm.Costs(tuple(stages), (0,) * 6, tuple("abcdef"))
-        assert sdn.most(ee) == pytest.approx(expected or fractions)
+        assert sdn.max_weights(ee) == pytest.approx(expected or fractions)
 
 
 def test_loss_by_hand():
@@ -181,7 +181,7 @@ def record_of(confidence, prediction, label):
 def test_a_sample_leaves_at_the_threshold_itself():
     record = record_of([[0.5, 0.9, 1.0]] * 2, [[1, 2, 3]] * 2, [1, 1])
     for confidence, exit in ((0.5, 0), (0.50001, 1), (0.9, 1), (0.95, 2)):
-        assert record.replay(sdn.at_least(confidence, 2)).exit.tolist() == [exit] * 2
+        assert record.replay(sdn.inclusive_thresholds(confidence, 2)).exit.tolist() == [exit] * 2
     assert record.replay([0.5, 0.5]).exit.tolist() == [1, 1]  # elsewhere: above it
 
 
@@ -224,7 +224,7 @@ def test_the_network_answers_so_too(learned):
     ee, _ = learned
     images, _ = digits()[2][0]
     log_probs = torch.stack(list(e2cm.runtime.cascade.scores(ee.stages, ee.heads, images)))
-    ee.thresholds = sdn.at_least(1.5, len(ee.heads))  # nobody is that sure
+    ee.thresholds = sdn.inclusive_thresholds(1.5, len(ee.heads))  # nobody is that sure
     decisions = ee.predict(images)
     surest = log_probs.amax(2).argmax(0)
     expected = log_probs[surest, torch.arange(len(images))]

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 import e2cm_ext as e2cm
 from e2cm_ext.methods import training
 from e2cm_ext.methods.learned_head import LearnedHead
+from e2cm_ext.methods.training import feature_cache
+from e2cm_ext.methods.training.loop import set_epoch
 
 ALONE = 1e-6  # how far the mean of two processes' gradients may be from the gradient of the whole batch, of weights
 
@@ -57,16 +59,16 @@ def loss(outputs, labels, epoch):
 
 
 def train(ee, loader, *, epochs=3, lr=1e-2, module=None, **options):
-    module = module or training.Learners(ee)
+    module = module or training.ExitHeads(ee)
     optimizer = torch.optim.Adam(module.parameters(), lr)
-    prepare = training.same if isinstance(module, training.Joint) else training.Features(ee)
+    prepare = training.identity if isinstance(module, training.Joint) else training.Features(ee)
     losses = training.run(
         module,
         loader,
         loss,
         epochs=epochs,
         optimizer=optimizer,
-        schedule=training.falling(optimizer, epochs, (0.5,)),
+        schedule=training.step_decay(optimizer, epochs, (0.5,)),
         prepare=prepare,
         progress=False,
         **options,
@@ -120,7 +122,7 @@ def test_no_gradient_is_computed_in_a_network_that_does_not_change():
     ee = network()
     features = training.Features(ee)(images(5))
     assert not any(x.requires_grad for x in features)
-    outputs = training.Learners(ee)(features)
+    outputs = training.ExitHeads(ee)(features)
     assert all(x.requires_grad for x in outputs[:-1])
 
 
@@ -129,7 +131,7 @@ def test_features_are_what_heads_would_see():
     ee = network(Whole)
     x = images(6)
     expected = list(e2cm.runtime.cascade.scores(ee.stages, ee.heads, x.clone()))
-    outputs = training.Learners(ee)(training.Features(ee)(x.clone()))
+    outputs = training.ExitHeads(ee)(training.Features(ee)(x.clone()))
     found = [outputs[j][0] for j in range(len(ee.heads))] + [outputs[-1]]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.log_softmax(1), b, rtol=1e-5, atol=1e-6)
@@ -185,7 +187,7 @@ def test_joint_training_learns():
 
 def test_only_heads_that_learn_can_be_trained():
     ee = e2cm.EarlyExit(trained(), torch.zeros(1, *SHAPE), head="class_means")
-    for kind in (training.Learners, training.Joint, training.Features):
+    for kind in (training.ExitHeads, training.Joint, training.Features):
         with pytest.raises(TypeError, match="head at 'stem' is a ClassMeans; wanted one that learns by gradients"):
             kind(ee)
     with pytest.raises(TypeError, match="learns by gradient descent"):
@@ -232,10 +234,10 @@ def test_a_run_goes_on_with_the_bits_it_would_have_had(tmp_path, after, joint):
     modules = [training.Joint(ee) if joint else None for ee in (whole, broken)]
     losses = train(whole, Shuffled(), module=modules[0])
     with pytest.raises(_Stop):
-        train(broken, Failing(after), checkpoint=tmp_path / "c", every=0, module=modules[1])
+        train(broken, Failing(after), checkpoint=tmp_path / "c", checkpoint_interval=0, module=modules[1])
     again = network()
     module = training.Joint(again) if joint else None
-    resumed = train(again, Shuffled(), checkpoint=tmp_path / "c", every=0, module=module)
+    resumed = train(again, Shuffled(), checkpoint=tmp_path / "c", checkpoint_interval=0, module=module)
     assert same_state(whole, again)
     assert resumed == losses
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
@@ -251,7 +253,7 @@ def test_a_killed_process_goes_on_with_the_bits_it_would_have_had(tmp_path):
             import torch
             from test_training import Shuffled, network, train
             ee = network()
-            losses = train(ee, Shuffled(slow=0.02), checkpoint={str(tmp_path / "c")!r}, every=0)
+            losses = train(ee, Shuffled(slow=0.02), checkpoint={str(tmp_path / "c")!r}, checkpoint_interval=0)
             torch.save([ee.heads.state_dict(), losses], {str(tmp_path / "end")!r})
             """
         )
@@ -320,7 +322,7 @@ def test_labels_are_looked_at():
 
 @pytest.mark.parametrize("epochs", [-1, 1.5, "2", True, None])
 def test_epochs_are_whole_numbers(epochs):
-    module = training.Learners(network())
+    module = training.ExitHeads(network())
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
     with pytest.raises(ValueError, match="`epochs` is"):
         training.run(module, digits()[0], loss, epochs=epochs, optimizer=optimizer, progress=False)
@@ -359,7 +361,7 @@ def test_in_mixed_precision_the_forward_pass_is_short_and_the_weights_are_not(pr
 )
 def test_learning_rates_fall_where_they_should(epochs, expected):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
-    schedule = training.falling(optimizer, epochs, (0.35, 0.6, 0.85))
+    schedule = training.step_decay(optimizer, epochs, (0.35, 0.6, 0.85))
     seen = []
     for _ in range(epochs):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -378,7 +380,7 @@ def test_epochs_are_announced():
     train(network(), Told(digits()[0]), epochs=2)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(4), torch.zeros(4)))
     loader.batch_sampler.set_epoch = told.append
-    training._announce(loader, 7)
+    set_epoch(loader, 7)
     assert told == [0, 1, 7]
 
 
@@ -400,7 +402,7 @@ def test_two_processes_train_as_one(tmp_path):
             from e2cm_ext.methods import training
             dist.init_process_group("gloo")
             torch.set_num_threads(1)
-            own, _ = training.rank()
+            own, _ = training.rank_and_world_size()
             ee = network()
             cached = training.cache(ee, digits()[0], batch_size=60, progress=False)
             losses = train(ee, cached, epochs=2, checkpoint={str(tmp_path / "c")!r})
@@ -470,7 +472,7 @@ def test_every_process_has_samples_in_every_batch_of_kept_features(monkeypatch):
     cached = training.Cached([torch.arange(9.0)[:, None]], torch.zeros(9, dtype=torch.int64), batch_size=4)
     shares = []
     for own in range(3):
-        monkeypatch.setattr(training, "rank", lambda own=own: (own, 3))
+        monkeypatch.setattr(feature_cache, "rank_and_world_size", lambda own=own: (own, 3))
         shares.append([features[0].flatten().tolist() for features, _ in cached])
     assert all(len(batch) > 0 for share in shares for batch in share)
     whole = [sorted({x for share in shares for x in share[j]}) for j in range(3)]

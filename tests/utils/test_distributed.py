@@ -13,7 +13,7 @@ import torch
 from support.small import SHAPE, loader, net
 
 import e2cm_ext as e2cm
-from e2cm_ext.data.overlap import FittedImages, numbers_of
+from e2cm_ext.data.overlap import FittedImages, image_hashes
 
 HERE = Path(__file__).parent
 LIMIT = 300  # seconds that processes may take, on a busy machine
@@ -214,7 +214,7 @@ def test_a_killed_process_is_an_error_in_the_others(two_processes):
     start = time.monotonic()
     said, _ = first.communicate(timeout=LIMIT)
     assert time.monotonic() - start < 60
-    assert "fit: RuntimeError process 0 of 2 waits in vain for the others: one of them is gone" in said
+    assert "fit: RuntimeError process 0 of 2 cannot reach the others: one of them has ended" in said
 
 
 def test_a_process_that_does_not_come_is_an_error_in_the_others(two_processes):
@@ -222,7 +222,7 @@ def test_a_process_that_does_not_come_is_an_error_in_the_others(two_processes):
     wait_for(second, "in the middle")
     said, _ = first.communicate(timeout=LIMIT)
     assert second.poll() is None  # it is still there
-    assert "record: RuntimeError process 0 of 2 waits in vain for the others" in said
+    assert "record: RuntimeError process 0 of 2 cannot reach the others" in said
     assert "timeout" in said
 
 
@@ -234,7 +234,7 @@ def test_what_several_have_seen_is_what_one_would_have():
         parts[0].add(images[: count // 3])
         parts[2].add(images[count // 3 : count])
         merged = FittedImages.merge(parts)
-        assert torch.equal(merged._kept, alone._kept)
+        assert torch.equal(merged._hashes, alone._hashes)
         for some in (images, images[: count // 2], images[2500:]):
-            expected = alone.share(numbers_of(some))
-            assert merged.share(numbers_of(some)) == pytest.approx(expected, nan_ok=True)
+            expected = alone.overlap(image_hashes(some))
+            assert merged.overlap(image_hashes(some)) == pytest.approx(expected, nan_ok=True)

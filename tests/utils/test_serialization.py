@@ -2,13 +2,15 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from support.helpers import same_bits
+from torch import nn
 
-from e2cm_ext import build_info
+from e2cm_ext import EarlyExit, build_info
 from e2cm_ext.utils import serialization
 
 DTYPES = [
@@ -28,6 +30,21 @@ def test_every_file_says_which_version_wrote_it(tmp_path):
     serialization.write(tmp_path / "file", "test", {}, {})
     _, about = serialization.read(tmp_path / "file", "test")
     assert about["package"] == build_info()["version"]
+
+
+def test_a_file_of_format_1_is_refused():
+    """Whitened means with the option `mean_shrinkage` under its old name, as EarlyExit.save wrote it then."""
+    path = Path(__file__).parent / "format-1.e2cm"
+    assert rb"\"pull\": 0.25" in path.read_bytes()
+    wanted = (
+        r"format-1\.e2cm has format 1 \(written by e2cm_ext 0\.1\.0.*\); this version reads format 2: install the "
+        "version that wrote it, or save it again"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        serialization.read(path, "EarlyExit")
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+    with pytest.raises(ValueError, match=wanted):
+        EarlyExit.load(path, model)
 
 
 def tensors():
@@ -109,10 +126,10 @@ def test_another_kind_and_what_cannot_be_written(tmp_path):
         (b"\x10" + b"\0" * 7, "is truncated"),
         (b"\x10" + b"\0" * 7 + b'{"__meta', "is truncated"),
         (b"\x10" + b"\0" * 7 + b'{"a":{"dtype":"F32"}}', "is not a file of e2cm_ext"),
-        (b"\xff" * 8 + serialization._OPENING + b"x" * 50, "is damaged"),
-        (b"\x05" + b"\0" * 7 + serialization._OPENING + b"x" * 50, "is damaged"),
-        ((40).to_bytes(8, "little") + serialization._OPENING + b"x" * 50, "is damaged"),
-        ((36).to_bytes(8, "little") + serialization._OPENING + b'[]"}}   ', "is damaged"),
+        (b"\xff" * 8 + serialization._PREFIX + b"x" * 50, "is damaged"),
+        (b"\x05" + b"\0" * 7 + serialization._PREFIX + b"x" * 50, "is damaged"),
+        ((40).to_bytes(8, "little") + serialization._PREFIX + b"x" * 50, "is damaged"),
+        ((36).to_bytes(8, "little") + serialization._PREFIX + b'[]"}}   ', "is damaged"),
     ],
 )
 def test_rubbish(tmp_path, contents, message):
