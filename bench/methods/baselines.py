@@ -109,7 +109,7 @@ def blended(work: Workspace, budget: str, head: str) -> Found:
     """Ours: SDN times class means, at SDN's exits."""
     ee, seconds = trained_sdn(work, budget)
     others, of_means = means(work, head)
-    both = joined.join(ee, others, blend=True)
+    both = joined.join(ee, others, multiply=True)
     return found_of(both, work.options_of(both, f"sdn-{budget} x {head}"), seconds + of_means)
 
 

@@ -71,7 +71,7 @@ def record_from(cached: training.Cached, ee: e2cm.EarlyExit) -> e2cm.Record:
     pieces = []
     for rows in torch.arange(len(cached.labels)).split(500):
         features, _ = cached.batch(rows)
-        *early, last = (logits.log_softmax(1) for logits in training.Learners(ee)(features))
+        *early, last = (logits.log_softmax(1) for logits in training.ExitHeads(ee)(features))
         memory, answers = None, []
         for j, log_probs in enumerate([*early, last]):
             if ee.combination is not None:
