@@ -406,7 +406,7 @@ def test_interrupted_nothing_is_written(folder, tmp_path):
     old = (folder / "net.e2cm").read_bytes()
     (tmp_path / "old.e2cm").write_bytes(old)
     words = replaced(what(folder), "-n", folder / "slow.py:make")
-    program = start("fit", tmp_path / "old.e2cm", *words, "--flops", 0.5)
+    program = start("fit", tmp_path / "old.e2cm", *words, "--flops", 0.5, cwd=folder)  # slow.py imports net.py
     deadline = time.monotonic() + 600
     while not (folder / "started").exists():
         assert program.poll() is None and time.monotonic() < deadline, program.communicate()
