@@ -225,7 +225,7 @@ def data_options(split: str) -> Callable[[F], F]:
         click.option("--size", type=click.IntRange(1), help="Resize the shorter side to this, and crop the center."),
         click.option("--root", default="data", show_default=True, help="Folder of torchvision data sets."),
         click.option("--download", is_flag=True, help="Let torchvision download a missing data set."),
-        click.option("--split", default=split, show_default=True, help="Of the data set; 'none': a folder without splits."),
+        click.option("--split", default=split, show_default=True, help="Of the data; 'none': a folder without splits."),
         click.option("--part", type=SampleRange(), help="Only these samples of the split: 2000: or :5000."),
         click.option("-b", "--batch-size", type=click.IntRange(1), default=128, show_default=True),
         click.option("--workers", type=click.IntRange(0), default=0, help="Processes that load images."),
