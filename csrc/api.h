@@ -1,4 +1,4 @@
-// The vocabulary that every backend implements: plain structs of pointers and sizes, no torch, no Python.
+// The whole API that every backend implements: plain structs of pointers and sizes, no torch, no Python.
 //
 // A sample is one row of features. What an exit does with a batch of them:
 //
@@ -8,7 +8,7 @@
 //                or if -sum p log p < threshold        (Rule::entropy)
 //   compaction   the rows that stay, moved together in their old order
 //
-// A linear head has logits weight . x + bias in the place of -d / scale. Either head may look at statistics of feature
+// A linear head has logits weight . x + bias in the place of -d / scale. Either head may read statistics of feature
 // maps, see Statistics, in the place of the features themselves.
 //
 // A class whose scale is not a positive finite number has no mean: its probability is 0. A row with a NaN among its
@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstdint>
+#include <variant>
 
 namespace e2cm {
 
@@ -34,22 +35,19 @@ struct Rows {
   int64_t stride;
 };
 
-// means: [classes, dim] in the memory order of the features. center: [dim] or null, any vector near the data; it
-// changes no result, only what rounding does to it (null: the origin). scale: [classes]. packed: what `pack` has made
-// of the means and the center, or null.
-struct ClassMeans {
-  Rows means;
-  const float* center;
-  const float* scale;
-  const void* packed = nullptr;
-};
+enum class HeadKind : int { distances = 0, logits = 1 };
 
-// logits[b][k] = weight[k] . x[b] + bias[k]. weight: [classes, dim] in the memory order of the features, bias:
-// [classes]. A bias of -inf: a class that is never predicted. packed: what `pack` has made of the weights, or null.
-struct Linear {
-  Rows weight;
-  const float* bias;
-  const void* packed = nullptr;
+// The parameters of a head, in the memory order of the features that it reads. The score of row b for class k is
+//
+//   distances: || x[b] - vectors[k] || / per_class[k]     class means and their scales
+//   logits:    vectors[k] . x[b] + per_class[k]           weights and biases; -inf: the class is never predicted
+struct HeadParams {
+  HeadKind kind;
+  Rows vectors;                   // [classes, dim]
+  const float* per_class;         // [classes]
+  const float* center = nullptr;  // [dim] or null, for distances: any vector near the data. It changes no result, only
+                                  // what rounding does to it
+  const void* packed = nullptr;   // what `pack` has made of the vectors and the center, or null
 };
 
 // Feature maps: every sample is dense, [channels, height, width] or, with channels_last, [height, width, channels];
@@ -82,11 +80,18 @@ struct Statistics {
   int64_t size(int64_t channels) const { return channels * (cells() + pairs); }
 };
 
-// Statistics of maps, for a head to look at.
+// Statistics of maps, for a head to read.
 struct Pooled {
   Maps maps;
   Statistics wanted;
 };
+
+// What a head reads: rows of features as they are, or statistics of feature maps.
+using HeadInput = std::variant<Rows, Pooled>;
+inline int64_t rows_of(const HeadInput& input) {
+  const Pooled* const pooled = std::get_if<Pooled>(&input);
+  return pooled ? pooled->maps.rows : std::get<Rows>(input).rows;
+}
 
 // Where answers go. log_probs may be null. Row i belongs to sample i.
 struct Answers {
@@ -111,31 +116,20 @@ struct Departure {
 // sits in. They throw std::bad_alloc when memory runs out and std::out_of_range for an id outside the Answers, before
 // anything is written.
 
-// distances: [x.rows, means.rows], dense.
-void class_distances(const Rows& x, const ClassMeans& head, float* distances, int threads);
+// distances: [x.rows, classes], dense. head.kind is HeadKind::distances; head.per_class is not read.
+void class_distances(const Rows& x, const HeadParams& head, float* distances, int threads);
 
 // Answers for every row, in order.
-void class_scores(const Rows& x, const ClassMeans& head, const Answers& out, int threads);
+void scores(const HeadInput& x, const HeadParams& head, const Answers& out, int threads);
 
-// Answers for the rows that leave; the numbers of the rows that stay go to `keep` ([x.rows]), their count is returned.
-int64_t exit_step(const Rows& x, const ClassMeans& head, const Departure& departure, const Answers& out, int64_t* keep,
-                  int threads);
-
-// The same for a linear head, and for heads that look at statistics.
-void linear_scores(const Rows& x, const Linear& head, const Answers& out, int threads);
-int64_t linear_step(const Rows& x, const Linear& head, const Departure& departure, const Answers& out, int64_t* keep,
-                    int threads);
-void class_scores(const Pooled& x, const ClassMeans& head, const Answers& out, int threads);
-int64_t exit_step(const Pooled& x, const ClassMeans& head, const Departure& departure, const Answers& out,
-                  int64_t* keep, int threads);
-void linear_scores(const Pooled& x, const Linear& head, const Answers& out, int threads);
-int64_t linear_step(const Pooled& x, const Linear& head, const Departure& departure, const Answers& out, int64_t* keep,
-                    int threads);
+// Answers for the rows that leave; the numbers of the rows that stay go to `keep` ([rows]), their count is returned.
+int64_t step(const HeadInput& x, const HeadParams& head, const Departure& departure, const Answers& out, int64_t* keep,
+             int threads);
 
 // out: [maps.rows, wanted.size(maps.channels)], dense.
 void statistics(const Maps& maps, const Statistics& wanted, float* out, int threads);
 
-// exit_step for scores that some other head has made: logits if `scale` is null, else distances to be divided by it.
+// step for scores that some other head has made: logits if `scale` is null, else distances to be divided by it.
 int64_t decide(const Rows& scores, const float* scale, const Departure& departure, const Answers& out, int64_t* keep,
                int threads);
 

@@ -1,4 +1,5 @@
-// pybind11: names, argument names, docstrings; no arithmetic. Tensors arrive as addresses and sizes, checked in ops.py.
+// pybind11: names, argument names, docstrings; no arithmetic. Tensors arrive as addresses and sizes that
+// e2cm_ext/ops/validation.py has checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,8 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "api.h"
 #include "fast_path.h"
@@ -27,117 +30,90 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-e2cm::Rows rows_at(Address data, int dtype, int64_t rows, int64_t dim, int64_t stride) {
+// The structs of api.h as tuples; see _native.pyi.
+//   Matrix: data, dtype, rows, dim, stride
+//   Numbers: channels, height, width, channels_last; rows and columns of the grids of mean, rms and max; pairs
+//   Input: a matrix; and the numbers of the statistics of it, if those are what a head reads
+//   Head: kind, vectors, dtype, classes, dim, per_class, center, packed
+//   Answers: rows, confidence, prediction, exit, log_probs
+//   Departure: rule, threshold, number of the exit, ids
+using Matrix = std::tuple<Address, int, int64_t, int64_t, int64_t>;
+using Numbers = std::array<int64_t, 11>;
+using Input = std::pair<Matrix, std::optional<Numbers>>;
+using Head = std::tuple<int, Address, int, int64_t, int64_t, Address, Address, Address>;
+using Answers = std::tuple<int64_t, Address, Address, Address, Address>;
+using Departure = std::tuple<int, float, int64_t, Address>;
+
+e2cm::Rows rows_at(const Matrix& matrix) {
+  const auto [data, dtype, rows, dim, stride] = matrix;
   return {at<const void>(data), static_cast<e2cm::DType>(dtype), rows, dim, stride};
 }
 
-void class_distances(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means,
-                     int means_dtype, int64_t classes, Address center, Address packed, Address out, int threads) {
-  py::gil_scoped_release unlocked;
-  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, dim, dim), at<const float>(center), nullptr,
-                              at<const void>(packed)};
-  e2cm::class_distances(rows_at(x, x_dtype, rows, dim, x_stride), head, at<float>(out), threads);
-}
-
-// What a head looks at: the rows of x themselves, or the statistics of x as maps.
-struct X {
-  Address data;
-  int dtype;
-  int64_t rows, dim, stride;
-};
-// Channels, height, width, channels_last; rows and columns of the grids of means, root mean squares and maxima; pairs.
-using Numbers = std::array<int64_t, 11>;
-using Statistics = std::optional<Numbers>;
-
-e2cm::Pooled pooled_at(const X& x, const Numbers& n) {
-  return {{at<const void>(x.data), static_cast<e2cm::DType>(x.dtype), x.rows, n[0], n[1], n[2], x.stride, n[3] != 0},
+e2cm::Pooled pooled_at(const Matrix& x, const Numbers& n) {
+  const e2cm::Rows rows = rows_at(x);
+  return {{rows.data, rows.dtype, rows.rows, n[0], n[1], n[2], rows.stride, n[3] != 0},
           {{n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}, n[10]}};
 }
 
-template <class Body>
-auto with_features(const X& x, const Statistics& statistics, const Body& body) {
-  if (statistics) return body(pooled_at(x, *statistics));
-  return body(rows_at(x.data, x.dtype, x.rows, x.dim, x.stride));
+e2cm::HeadInput input_at(const Input& input) {
+  if (input.second) return pooled_at(input.first, *input.second);
+  return rows_at(input.first);
+}
+
+e2cm::HeadParams head_at(const Head& head) {
+  const auto [kind, vectors, dtype, classes, dim, per_class, center, packed] = head;
+  return {static_cast<e2cm::HeadKind>(kind), rows_at({vectors, dtype, classes, dim, dim}), at<const float>(per_class),
+          at<const float>(center), at<const void>(packed)};
+}
+
+e2cm::Answers answers_at(const Answers& answers, int64_t classes) {
+  const auto [rows, confidence, prediction, exit, log_probs] = answers;
+  return {rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
+}
+
+e2cm::Departure departure_at(const Departure& departure) {
+  const auto [rule, threshold, exit_number, ids] = departure;
+  return {static_cast<e2cm::Rule>(rule), threshold, exit_number, at<const int64_t>(ids)};
+}
+
+void class_distances(const Matrix& x, const Head& head, Address out, int threads) {
+  py::gil_scoped_release unlocked;
+  e2cm::class_distances(rows_at(x), head_at(head), at<float>(out), threads);
 }
 
 void pack(Address vectors, int dtype, int64_t classes, int64_t dim, Address center, Address packed, int threads) {
   py::gil_scoped_release unlocked;
-  e2cm::pack(rows_at(vectors, dtype, classes, dim, dim), at<const float>(center), at<void>(packed), threads);
+  e2cm::pack(rows_at({vectors, dtype, classes, dim, dim}), at<const float>(center), at<void>(packed), threads);
 }
 
 uint64_t sampled_hash(Address data, int64_t bytes) { return e2cm::sampled_hash(at<const void>(data), bytes); }
 
-void statistics(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, const Numbers& numbers,
-                Address out, int threads) {
-  const e2cm::Pooled pooled = pooled_at({x, x_dtype, rows, dim, x_stride}, numbers);
+void statistics(const Matrix& x, const Numbers& numbers, Address out, int threads) {
+  const e2cm::Pooled pooled = pooled_at(x, numbers);
   py::gil_scoped_release unlocked;
   e2cm::statistics(pooled.maps, pooled.wanted, at<float>(out), threads);
 }
 
-void class_scores(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means, int means_dtype,
-                  int64_t classes, int64_t means_dim, Address center, Address packed, Address scale, Address confidence,
-                  Address prediction, Address log_probs, const Statistics& statistics, int threads) {
+void scores(const Input& x, const Head& head, const Answers& out, int threads) {
   py::gil_scoped_release unlocked;
-  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, means_dim, means_dim), at<const float>(center),
-                              at<const float>(scale), at<const void>(packed)};
-  const e2cm::Answers out{rows, classes, at<float>(confidence), at<int64_t>(prediction), nullptr, at<float>(log_probs)};
-  with_features({x, x_dtype, rows, dim, x_stride}, statistics,
-                [&](const auto& features) { e2cm::class_scores(features, head, out, threads); });
+  const e2cm::HeadParams params = head_at(head);
+  e2cm::scores(input_at(x), params, answers_at(out, params.vectors.rows), threads);
 }
 
-void linear_scores(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address weight,
-                   int weight_dtype, int64_t classes, int64_t weight_dim, Address packed, Address bias,
-                   Address confidence, Address prediction, Address log_probs, const Statistics& statistics,
-                   int threads) {
+int64_t step(const Input& x, const Head& head, const Departure& departure, const Answers& out, Address keep,
+             int threads) {
   py::gil_scoped_release unlocked;
-  const e2cm::Linear head{rows_at(weight, weight_dtype, classes, weight_dim, weight_dim), at<const float>(bias),
-                          at<const void>(packed)};
-  const e2cm::Answers out{rows, classes, at<float>(confidence), at<int64_t>(prediction), nullptr, at<float>(log_probs)};
-  with_features({x, x_dtype, rows, dim, x_stride}, statistics,
-                [&](const auto& features) { e2cm::linear_scores(features, head, out, threads); });
+  const e2cm::HeadParams params = head_at(head);
+  return e2cm::step(input_at(x), params, departure_at(departure), answers_at(out, params.vectors.rows),
+                    at<int64_t>(keep), threads);
 }
 
-int64_t exit_step(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address means, int means_dtype,
-                  int64_t classes, int64_t means_dim, Address center, Address packed, Address scale, int rule,
-                  float threshold, int64_t exit_number, Address ids, int64_t out_rows, Address confidence,
-                  Address prediction, Address exit, Address log_probs, Address keep, const Statistics& statistics,
-                  int threads) {
+int64_t decide(const Matrix& scores, Address scale, const Departure& departure, const Answers& out, Address keep,
+               int threads) {
   py::gil_scoped_release unlocked;
-  const e2cm::ClassMeans head{rows_at(means, means_dtype, classes, means_dim, means_dim), at<const float>(center),
-                              at<const float>(scale), at<const void>(packed)};
-  const e2cm::Departure departure{static_cast<e2cm::Rule>(rule), threshold, exit_number, at<const int64_t>(ids)};
-  const e2cm::Answers out{
-      out_rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
-  return with_features({x, x_dtype, rows, dim, x_stride}, statistics, [&](const auto& features) {
-    return e2cm::exit_step(features, head, departure, out, at<int64_t>(keep), threads);
-  });
-}
-
-int64_t linear_step(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, Address weight,
-                    int weight_dtype, int64_t classes, int64_t weight_dim, Address packed, Address bias, int rule,
-                    float threshold, int64_t exit_number, Address ids, int64_t out_rows, Address confidence,
-                    Address prediction, Address exit, Address log_probs, Address keep, const Statistics& statistics,
-                    int threads) {
-  py::gil_scoped_release unlocked;
-  const e2cm::Linear head{rows_at(weight, weight_dtype, classes, weight_dim, weight_dim), at<const float>(bias),
-                          at<const void>(packed)};
-  const e2cm::Departure departure{static_cast<e2cm::Rule>(rule), threshold, exit_number, at<const int64_t>(ids)};
-  const e2cm::Answers out{
-      out_rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
-  return with_features({x, x_dtype, rows, dim, x_stride}, statistics, [&](const auto& features) {
-    return e2cm::linear_step(features, head, departure, out, at<int64_t>(keep), threads);
-  });
-}
-
-int64_t decide(Address scores, int scores_dtype, int64_t rows, int64_t classes, int64_t scores_stride, Address scale,
-               int rule, float threshold, int64_t exit_number, Address ids, int64_t out_rows, Address confidence,
-               Address prediction, Address exit, Address log_probs, Address keep, int threads) {
-  py::gil_scoped_release unlocked;
-  const e2cm::Departure departure{static_cast<e2cm::Rule>(rule), threshold, exit_number, at<const int64_t>(ids)};
-  const e2cm::Answers out{
-      out_rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
-  return e2cm::decide(rows_at(scores, scores_dtype, rows, classes, scores_stride), at<const float>(scale), departure,
-                      out, at<int64_t>(keep), threads);
+  const e2cm::Rows rows = rows_at(scores);
+  return e2cm::decide(rows, at<const float>(scale), departure_at(departure), answers_at(out, rows.dim),
+                      at<int64_t>(keep), threads);
 }
 
 int64_t kept_rows(Address mask, int64_t rows, Address keep) {
@@ -168,22 +144,21 @@ cudaStream_t stream_at(const Place& place) {
   return reinterpret_cast<cudaStream_t>(place.second);
 }
 
-// Rule, threshold, number of the exit, ids, stays, bad_ids; are rows marked. Without: every row is answered.
-using CudaDeparture = std::optional<std::tuple<int, float, int64_t, Address, Address, Address, bool>>;
-// Rows; confidence, prediction, exit, log_probs.
-using CudaAnswers = std::tuple<int64_t, Address, Address, Address, Address>;
+// Addresses of stays and bad_ids; are rows that do not stay passed over.
+using Marks = std::tuple<Address, Address, bool>;
+// Without: every row is answered.
+using CudaDeparture = std::optional<std::pair<Departure, Marks>>;
 
-e2cm::cuda::Epilogue epilogue_at(const CudaAnswers& answers, int64_t classes, const CudaDeparture& departure) {
-  const auto [rows, confidence, prediction, exit, log_probs] = answers;
+e2cm::cuda::Epilogue epilogue_at(const Answers& answers, int64_t classes, const CudaDeparture& departure) {
   e2cm::cuda::Epilogue epilogue{};
-  epilogue.out = {
-      rows, classes, at<float>(confidence), at<int64_t>(prediction), at<int64_t>(exit), at<float>(log_probs)};
+  epilogue.out = answers_at(answers, classes);
   if (departure) {
-    const auto [rule, threshold, number, ids, stays, bad_ids, marked] = *departure;
-    epilogue.ids = at<const int64_t>(ids);
-    epilogue.rule = static_cast<e2cm::Rule>(rule);
+    const auto [rule, threshold, exit_number, ids] = departure_at(departure->first);
+    const auto [stays, bad_ids, marked] = departure->second;
+    epilogue.ids = ids;
+    epilogue.rule = rule;
     epilogue.threshold = threshold;
-    epilogue.exit_number = number;
+    epilogue.exit_number = exit_number;
     epilogue.stays = at<uint8_t>(stays);
     epilogue.marked = marked;
     epilogue.bad_ids = at<int64_t>(bad_ids);
@@ -191,53 +166,35 @@ e2cm::cuda::Epilogue epilogue_at(const CudaAnswers& answers, int64_t classes, co
   return epilogue;
 }
 
-e2cm::cuda::Exit exit_at(const X& x, const Statistics& statistics, Address vectors, int64_t classes, int64_t dim,
-                         bool squares) {
-  e2cm::cuda::Exit exit{};
-  exit.statistics = statistics.has_value();
-  if (statistics)
-    exit.pooled = pooled_at(x, *statistics);
-  else
-    exit.x = rows_at(x.data, x.dtype, x.rows, x.dim, x.stride);
-  exit.vectors = rows_at(vectors, static_cast<int>(e2cm::DType::f32), classes, dim, dim);
-  exit.squares = squares;
-  return exit;
+int64_t cuda_exit_workspace(const Input& x, const Head& head) {
+  return e2cm::cuda::exit_workspace({input_at(x), head_at(head), nullptr, {}});
 }
 
-int64_t cuda_exit_workspace(int64_t rows, int64_t classes, int64_t dim, const Statistics& statistics) {
-  return e2cm::cuda::exit_workspace(exit_at({0, 0, rows, dim, dim}, statistics, 0, classes, dim, true));
-}
-
-void cuda_exit(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, const Statistics& statistics,
-               Address vectors, int64_t classes, int64_t vectors_dim, bool squares, Address center, Address per_class,
-               Address distances, const CudaAnswers& answers, const CudaDeparture& departure, Address workspace,
-               const Place& place) {
+void cuda_exit(const Input& x, const Head& head, Address distances, const Answers& answers,
+               const CudaDeparture& departure, Address workspace, const Place& place) {
   py::gil_scoped_release unlocked;
-  e2cm::cuda::Exit exit =
-      exit_at({x, x_dtype, rows, dim, x_stride}, statistics, vectors, classes, vectors_dim, squares);
-  exit.center = at<const float>(center);
-  exit.per_class = at<const float>(per_class);
-  exit.distances = at<float>(distances);
-  exit.epilogue = epilogue_at(answers, classes, departure);
+  const e2cm::HeadParams params = head_at(head);
+  const e2cm::cuda::Exit exit{input_at(x), params, at<float>(distances),
+                              epilogue_at(answers, params.vectors.rows, departure)};
   check(e2cm::cuda::launch_exit(exit, at<void>(workspace), stream_at(place)), "the exit step");
 }
 
-void cuda_decide(Address scores, int scores_dtype, int64_t rows, int64_t classes, int64_t scores_stride, Address scale,
-                 const CudaAnswers& answers, const CudaDeparture& departure, const Place& place) {
+void cuda_decide(const Matrix& scores, Address scale, const Answers& answers, const CudaDeparture& departure,
+                 const Place& place) {
   py::gil_scoped_release unlocked;
-  check(e2cm::cuda::launch_decide(rows_at(scores, scores_dtype, rows, classes, scores_stride), at<const float>(scale),
-                                  epilogue_at(answers, classes, departure), stream_at(place)),
+  const e2cm::Rows rows = rows_at(scores);
+  check(e2cm::cuda::launch_decide(rows, at<const float>(scale), epilogue_at(answers, rows.dim, departure),
+                                  stream_at(place)),
         "decide");
 }
 
-int64_t cuda_statistics_workspace(int64_t rows, const Numbers& statistics) {
-  const e2cm::Pooled pooled = pooled_at({0, 0, rows, 0, 0}, statistics);
+int64_t cuda_statistics_workspace(int64_t rows, const Numbers& numbers) {
+  const e2cm::Pooled pooled = pooled_at({0, 0, rows, 0, 0}, numbers);
   return e2cm::cuda::statistics_workspace(rows, pooled.maps.channels, pooled.wanted);
 }
 
-void cuda_statistics(Address x, int x_dtype, int64_t rows, int64_t dim, int64_t x_stride, const Numbers& statistics,
-                     Address out, Address workspace, const Place& place) {
-  const e2cm::Pooled pooled = pooled_at({x, x_dtype, rows, dim, x_stride}, statistics);
+void cuda_statistics(const Matrix& x, const Numbers& numbers, Address out, Address workspace, const Place& place) {
+  const e2cm::Pooled pooled = pooled_at(x, numbers);
   py::gil_scoped_release unlocked;
   check(
       e2cm::cuda::launch_statistics(pooled.maps, pooled.wanted, at<float>(out), at<void>(workspace), stream_at(place)),
@@ -319,66 +276,39 @@ void replay(const ThresholdSearch& self, int64_t count, Address thresholds, Addr
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Kernels of e2cm_ext. Addresses and sizes in, numbers out; nothing here is checked: use e2cm_ext.ops.";
-  e2cm::isa_in_use();  // a wrong E2CM_ISA is told at import, not in the middle of the first batch
+  e2cm::isa_in_use();  // a wrong E2CM_ISA throws at import, not in the middle of the first batch
 
   m.def("class_distances", &class_distances, "Distances of all rows to all means, [rows, classes] float32.",
-        py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
-        py::arg("means_dtype"), py::arg("classes"), py::arg("center"), py::arg("packed"), py::arg("out"),
-        py::arg("threads"));
+        py::arg("x"), py::arg("head"), py::arg("out"), py::arg("threads"));
   m.def("packed_bytes", &e2cm::packed_bytes, "Room that pack needs; 0: there is nothing to be made.",
         py::arg("classes"), py::arg("dim"));
   m.def("pack", &pack, "Means or weights in the form that rows are multiplied with.", py::arg("vectors"),
         py::arg("dtype"), py::arg("classes"), py::arg("dim"), py::arg("center"), py::arg("packed"), py::arg("threads"));
   m.def("sampled_hash", &sampled_hash, "If this differs, so does the memory.", py::arg("data"), py::arg("bytes"));
-  m.def("statistics", &statistics, "Statistics of all rows, float32.", py::arg("x"), py::arg("x_dtype"),
-        py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("statistics"), py::arg("out"),
-        py::arg("threads"));
-  m.def("class_scores", &class_scores, "Confidence, prediction and log-probabilities of all rows.", py::arg("x"),
-        py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
-        py::arg("means_dtype"), py::arg("classes"), py::arg("means_dim"), py::arg("center"), py::arg("packed"),
-        py::arg("scale"), py::arg("confidence"), py::arg("prediction"), py::arg("log_probs"), py::arg("statistics"),
-        py::arg("threads"));
-  m.def("linear_scores", &linear_scores, "class_scores of a linear head.", py::arg("x"), py::arg("x_dtype"),
-        py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_dtype"),
-        py::arg("classes"), py::arg("weight_dim"), py::arg("packed"), py::arg("bias"), py::arg("confidence"),
-        py::arg("prediction"), py::arg("log_probs"), py::arg("statistics"), py::arg("threads"));
-  m.def("exit_step", &exit_step, "Answers of the rows that leave; returns how many stay, their numbers in keep.",
-        py::arg("x"), py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("means"),
-        py::arg("means_dtype"), py::arg("classes"), py::arg("means_dim"), py::arg("center"), py::arg("packed"),
-        py::arg("scale"), py::arg("rule"), py::arg("threshold"), py::arg("exit_number"), py::arg("ids"),
-        py::arg("out_rows"), py::arg("confidence"), py::arg("prediction"), py::arg("exit"), py::arg("log_probs"),
-        py::arg("keep"), py::arg("statistics"), py::arg("threads"));
-  m.def("linear_step", &linear_step, "exit_step of a linear head.", py::arg("x"), py::arg("x_dtype"), py::arg("rows"),
-        py::arg("dim"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_dtype"), py::arg("classes"),
-        py::arg("weight_dim"), py::arg("packed"), py::arg("bias"), py::arg("rule"), py::arg("threshold"),
-        py::arg("exit_number"), py::arg("ids"), py::arg("out_rows"), py::arg("confidence"), py::arg("prediction"),
-        py::arg("exit"), py::arg("log_probs"), py::arg("keep"), py::arg("statistics"), py::arg("threads"));
-  m.def("decide", &decide, "exit_step for scores that another head has made.", py::arg("scores"),
-        py::arg("scores_dtype"), py::arg("rows"), py::arg("classes"), py::arg("scores_stride"), py::arg("scale"),
-        py::arg("rule"), py::arg("threshold"), py::arg("exit_number"), py::arg("ids"), py::arg("out_rows"),
-        py::arg("confidence"), py::arg("prediction"), py::arg("exit"), py::arg("log_probs"), py::arg("keep"),
-        py::arg("threads"));
+  m.def("statistics", &statistics, "Statistics of all rows, float32.", py::arg("x"), py::arg("statistics"),
+        py::arg("out"), py::arg("threads"));
+  m.def("scores", &scores, "Confidence, prediction and log-probabilities of all rows.", py::arg("x"), py::arg("head"),
+        py::arg("out"), py::arg("threads"));
+  m.def("step", &step, "Answers of the rows that leave; returns how many stay, their numbers in keep.", py::arg("x"),
+        py::arg("head"), py::arg("departure"), py::arg("out"), py::arg("keep"), py::arg("threads"));
+  m.def("decide", &decide, "step for scores that another head has made.", py::arg("scores"), py::arg("scale"),
+        py::arg("departure"), py::arg("out"), py::arg("keep"), py::arg("threads"));
   m.def("kept_rows", &kept_rows, "The numbers of the true bytes of mask; returns their count.", py::arg("mask"),
         py::arg("rows"), py::arg("keep"));
   m.def("gather_rows", &gather_rows, "target[i] = source[index[i]], row by row.", py::arg("source"),
         py::arg("row_bytes"), py::arg("source_stride"), py::arg("index"), py::arg("count"), py::arg("target"),
         py::arg("threads"));
 #ifdef E2CM_HAVE_CUDA
-  m.def("cuda_exit_workspace", &cuda_exit_workspace, "Bytes that cuda_exit needs.", py::arg("rows"), py::arg("classes"),
-        py::arg("dim"), py::arg("statistics"));
+  m.def("cuda_exit_workspace", &cuda_exit_workspace, "Bytes that cuda_exit needs.", py::arg("x"), py::arg("head"));
   m.def("cuda_exit", &cuda_exit, "A head's distances, scores or departures on a CUDA stream.", py::arg("x"),
-        py::arg("x_dtype"), py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("statistics"),
-        py::arg("vectors"), py::arg("classes"), py::arg("vectors_dim"), py::arg("squares"), py::arg("center"),
-        py::arg("per_class"), py::arg("distances"), py::arg("answers"), py::arg("departure"), py::arg("workspace"),
+        py::arg("head"), py::arg("distances"), py::arg("answers"), py::arg("departure"), py::arg("workspace"),
         py::arg("place"));
-  m.def("cuda_decide", &cuda_decide, "decide on a CUDA stream.", py::arg("scores"), py::arg("scores_dtype"),
-        py::arg("rows"), py::arg("classes"), py::arg("scores_stride"), py::arg("scale"), py::arg("answers"),
-        py::arg("departure"), py::arg("place"));
+  m.def("cuda_decide", &cuda_decide, "decide on a CUDA stream.", py::arg("scores"), py::arg("scale"),
+        py::arg("answers"), py::arg("departure"), py::arg("place"));
   m.def("cuda_statistics_workspace", &cuda_statistics_workspace, "Bytes that cuda_statistics needs.", py::arg("rows"),
         py::arg("statistics"));
-  m.def("cuda_statistics", &cuda_statistics, "statistics on a CUDA stream.", py::arg("x"), py::arg("x_dtype"),
-        py::arg("rows"), py::arg("dim"), py::arg("x_stride"), py::arg("statistics"), py::arg("out"),
-        py::arg("workspace"), py::arg("place"));
+  m.def("cuda_statistics", &cuda_statistics, "statistics on a CUDA stream.", py::arg("x"), py::arg("statistics"),
+        py::arg("out"), py::arg("workspace"), py::arg("place"));
   m.def("cuda_kept_rows_workspace", &e2cm::cuda::kept_rows_workspace, "Bytes that cuda_kept_rows needs.",
         py::arg("rows"));
   m.def("cuda_kept_rows", &cuda_kept_rows, "kept_rows on a CUDA stream, with their ids; the count goes to memory.",

@@ -1,14 +1,14 @@
-// exit_step, linear_step and decide on Python's own objects: looked at, computed and answered without going back to
-// Python.
+// exit_step, linear_step and decide on Python's own objects: the arguments are read, the exit is computed and its
+// results are returned without going back to Python.
 //
-// An exit of a small network is a few microseconds of arithmetic; asking eleven tensors for their dtype, shape, strides
+// An exit of a small network is a few microseconds of arithmetic. To ask eleven tensors for their dtype, shape, strides
 // and address through Python takes longer than that. Here torch fills a struct per tensor (see tensor_view.h).
 //
-// Only what is usual is done here: plain strided tensors on the CPU, of dtypes and shapes that fit, dense in one memory
-// order, so that nothing has to be converted or copied. Anything else gives None, without an error and before anything
-// is written; then the functions of checks.py take one argument after the other, convert what can be converted and say
-// what is wrong with the rest. So every test here may be too strict, and none may be too lax: what it lets through must
-// be what checks.py would let through unchanged.
+// Only the common case is done here: plain strided tensors on the CPU, of dtypes and shapes that fit, dense in one
+// memory order, so that nothing has to be converted or copied. Anything else falls back: the function returns None,
+// without an error and before anything is written. Then the validated path (e2cm_ext/ops/validation.py) takes one
+// argument after the other, converts what can be converted and says what is wrong with the rest. So every test here may
+// be too strict, and none may be too lax: what it lets through must be what validation.py would let through unchanged.
 #include "fast_path.h"
 
 #include <memory>
@@ -28,9 +28,9 @@ using dlpack::Tensor;
 
 constexpr int kMaxDims = 5;  // [batch, channels, depth, height, width]
 
-// What must be known of torch. Written once, when ops.py is imported; never given back, as torch never goes away.
+// What must be known of torch. Written once, when e2cm_ext.ops is imported; never freed, as torch is never unloaded.
 struct Torch {
-  const dlpack::Exchange* exchange = nullptr;  // null: this torch has none, every call is unusual
+  const dlpack::Exchange* exchange = nullptr;  // null: this torch has none, every call falls back
   PyObject* tensor = nullptr;                  // types
   PyObject* parameter = nullptr;
   PyObject* decisions = nullptr;
@@ -60,7 +60,7 @@ bool is_type(PyObject* object, PyObject* type) { return reinterpret_cast<PyObjec
 bool is_plain(PyObject* object) { return is_type(object, torch.tensor) || is_type(object, torch.parameter); }
 
 // The values are those in memory, not their negatives. May run Python (a TorchFunctionMode) and lets go of the
-// interpreter for a moment: to be asked before anything is looked at.
+// interpreter for a moment: to be asked before anything is read.
 bool is_literal(PyObject* object) {
   PyObject* const answer = PyObject_Vectorcall(torch.is_neg, &object, 1, nullptr);
   if (!answer) PyErr_Clear();
@@ -68,7 +68,7 @@ bool is_literal(PyObject* object) {
   return answer == Py_False;
 }
 
-bool look(PyObject* object, Tensor& t) {
+bool read(PyObject* object, Tensor& t) {
   if (torch.exchange->view(object, &t) != 0) {  // no memory (sparse, meta, wrapped by functorch), no such dtype
     PyErr_Clear();
     return false;
@@ -159,29 +159,30 @@ struct Batch {
   }
 };
 
-// The statistics that a head looks at, if it does not look at x itself.
-struct HeadInput {
-  bool at_x = true;
-  Pooled pooled{};
-  int64_t size = 0;  // of what it looks at
+// x, or the statistics of x that a head reads.
+struct Input {
+  HeadInput value;
+  bool pooled = false;
+  int64_t size = 0;  // numbers per sample
 
   bool take(PyObject* statistics, const Batch& x, DType dtype) {
+    value = Rows{x.data, dtype, x.rows, x.dim, x.stride};
     size = x.dim;
     if (statistics == Py_None) return true;
     int64_t n[8];
     if (!is_type(statistics, torch.statistics) || !numbers_of(statistics, n)) return false;
     const bool last = n[7] != 0;
     if (x.ndim > 4 || (last && x.channels_last)) return false;
-    Maps& maps = pooled.maps;
-    maps = {x.data, dtype, x.rows, x.shape[last ? x.ndim - 1 : 1], 1, 1, x.stride, last || x.channels_last};
+    Maps maps{x.data, dtype, x.rows, x.shape[last ? x.ndim - 1 : 1], 1, 1, x.stride, last || x.channels_last};
     if (x.ndim > 2) maps.height = x.shape[last ? 1 : 2];
     if (x.ndim > 3) maps.width = x.shape[last ? 2 : 3];
-    pooled.wanted = {{n[0], n[1]}, {n[2], n[3]}, {n[4], n[5]}, n[6]};
     for (int i = 0; i < 6; i += 2)
       if (n[i] > maps.height || n[i + 1] > maps.width) return false;
     if (n[6] > (maps.channels + 1) / 2) return false;
-    size = pooled.wanted.size(maps.channels);
-    at_x = false;
+    const Statistics wanted{{n[0], n[1]}, {n[2], n[3]}, {n[4], n[5]}, n[6]};
+    value = Pooled{maps, wanted};
+    pooled = true;
+    size = wanted.size(maps.channels);
     return true;
   }
 
@@ -202,7 +203,7 @@ struct HeadInput {
   }
 };
 
-// Everything that exit_step and decide have in common, in the order in which `read` takes it apart.
+// What all three functions have in common.
 struct Call {
   PyObject *x_object, *ids_object;
   Batch x;
@@ -211,7 +212,7 @@ struct Call {
   Answers out;
   int threads;
 
-  // What is no tensor.
+  // The arguments that are no tensors.
   bool take_rule(PyObject* threshold, PyObject* rule, PyObject* exit, PyObject* thread_count) {
     if (!PyFloat_CheckExact(threshold) || !PyUnicode_CheckExact(rule) || !PyLong_CheckExact(exit) ||
         !PyLong_CheckExact(thread_count))
@@ -273,15 +274,15 @@ struct Argument {
   const Tensor* get() const { return object == Py_None ? nullptr : &view; }
 };
 
-// All of them are asked for lazy negatives before the first is looked at: see is_literal.
+// All of them are asked for lazy negatives before the first is read: see is_literal.
 template <size_t n>
-bool look_at(Argument (&arguments)[n]) {
+bool read_all(Argument (&arguments)[n]) {
   for (const Argument& a : arguments)
     if (!is_plain(a.object) && !(a.optional && a.object == Py_None)) return false;
   for (const Argument& a : arguments)
     if (a.object != Py_None && !is_literal(a.object)) return false;
   for (Argument& a : arguments)
-    if (a.object != Py_None && !look(a.object, a.view)) return false;
+    if (a.object != Py_None && !read(a.object, a.view)) return false;
   return true;
 }
 
@@ -308,7 +309,7 @@ PyObject* new_tensor(PyObject* like, dlpack::DataType dtype, const int64_t* shap
   PyObject* const made = PyObject_Vectorcall(torch.new_empty_strided, arguments, 3, nullptr);
   if (!made) return nullptr;
   Tensor t;
-  bool fits = is_plain(made) && look(made, t) && t.ndim == ndim && is_dtype(t, dtype.code, dtype.bits);
+  bool fits = is_plain(made) && read(made, t) && t.ndim == ndim && is_dtype(t, dtype.code, dtype.bits);
   for (int d = 0; fits && d < ndim; ++d) fits = t.shape[d] == shape[d] && t.strides[d] == strides[d];
   if (fits) {
     data = t.data;
@@ -395,97 +396,64 @@ PyObject* run(const Call& call, const Compute& compute) {
 
 PyObject* fall_back() { Py_RETURN_NONE; }
 
-// Is t a vector of `size` for each of some classes, in the order of what the head looks at?
-bool is_head(const Tensor& t, const Batch& x, const HeadInput& looks) {
+// Is t a vector of input.size numbers for each of some classes, in the memory order of the input?
+bool is_head(const Tensor& t, const Batch& x, const Input& input) {
   if (t.ndim < 2 || t.shape[0] < 1) return false;
-  return looks.at_x ? x.is_order_of(t, 1) : looks.size > 0 && is_matrix(t, t.shape[0], looks.size);
+  return input.pooled ? input.size > 0 && is_matrix(t, t.shape[0], input.size) : x.is_order_of(t, 1);
 }
 
-// May t be what packed.py has made of these vectors? Null: it has made nothing.
+bool is_center(const Tensor* t, const Batch& x, const Input& input) {
+  return !t || (is_float32(*t) && (input.pooled ? is_vector(*t, input.size) : x.is_order_of(*t, 0)));
+}
+
+// May t be what `pack` has made of these vectors? Null: it has made nothing.
 bool is_packed(const Tensor* t, int64_t classes, int64_t dim) {
   return !t || (is_dtype(*t, dlpack::kUInt, 8) && is_vector(*t, packed_bytes(classes, dim)));
 }
 
-// kernel(features, keep) for the rows of x, or for their statistics.
-template <class Kernel>
-PyObject* run_head(const Call& call, DType dtype, const HeadInput& looks, const Kernel& kernel) {
-  return run(call, [&](int64_t* keep) {
-    if (!looks.at_x) return kernel(looks.pooled, keep);
-    return kernel(Rows{call.x.data, dtype, call.x.rows, call.x.dim, call.x.stride}, keep);
-  });
-}
-
-PyObject* try_exit_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 12) return PyErr_Format(PyExc_TypeError, "try_exit_step takes 12 arguments, not %zd", count);
+// exit_step: (x, means, scale, threshold, ids, out, center, statistics, rule, exit, packed, threads)
+// linear_step: (x, weight, bias, threshold, ids, out, statistics, rule, exit, packed, threads)
+template <HeadKind kind>
+PyObject* try_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr int has_center = kind == HeadKind::distances;
+  if (count != 11 + has_center)
+    return PyErr_Format(PyExc_TypeError, "%s takes %d arguments, not %zd",
+                        has_center ? "try_exit_step" : "try_linear_step", 11 + has_center, count);
+  PyObject *const out = args[5], *const center_object = has_center ? args[6] : Py_None;
+  PyObject* const* const rest = args + 6 + has_center;
   Call call;
-  PyObject* const out = args[5];
-  if (!torch.exchange || !call.take_rule(args[3], args[8], args[9], args[11]) || !is_out(out)) return fall_back();
+  if (!torch.exchange || !call.take_rule(args[3], rest[1], rest[2], rest[4]) || !is_out(out)) return fall_back();
   Argument tensors[] = {{args[0]},
                         {args[1]},
                         {args[2]},
                         {args[4]},
-                        {args[6], true},
-                        {args[10], true},
+                        {center_object, true},
+                        {rest[3], true},
                         {PyTuple_GET_ITEM(out, 0)},
                         {PyTuple_GET_ITEM(out, 1)},
                         {PyTuple_GET_ITEM(out, 2)},
                         {PyTuple_GET_ITEM(out, 3), true}};
-  if (!look_at(tensors)) return fall_back();
-  const Tensor &x = tensors[0].view, &means = tensors[1].view, &scale = tensors[2].view;
+  if (!read_all(tensors)) return fall_back();
+  const Tensor &x = tensors[0].view, &vectors = tensors[1].view, &per_class = tensors[2].view;
   const Tensor *const center = tensors[4].get(), *const packed = tensors[5].get();
-  DType dtype, means_dtype;
-  HeadInput looks;
-  if (!feature_dtype(x, dtype) || !feature_dtype(means, means_dtype) || !call.take_x(args[0], x)) return fall_back();
-  if (!looks.take(args[7], call.x, dtype) || !is_head(means, call.x, looks)) return fall_back();
-  const int64_t classes = means.shape[0];
-  if (!is_float32(scale) || !is_vector(scale, classes)) return fall_back();
-  if (center &&
-      !(is_float32(*center) && (looks.at_x ? call.x.is_order_of(*center, 0) : is_vector(*center, looks.size))))
+  DType dtype, vectors_dtype;
+  Input input;
+  if (!feature_dtype(x, dtype) || !feature_dtype(vectors, vectors_dtype) || !call.take_x(args[0], x))
     return fall_back();
-  if (!is_packed(packed, classes, looks.size) || !call.take_ids(args[4], tensors[3].view)) return fall_back();
+  if (!input.take(rest[0], call.x, dtype) || !is_head(vectors, call.x, input)) return fall_back();
+  const int64_t classes = vectors.shape[0];
+  if (!is_float32(per_class) || !is_vector(per_class, classes)) return fall_back();
+  if (!is_center(center, call.x, input) || !is_packed(packed, classes, input.size)) return fall_back();
+  if (!call.take_ids(args[4], tensors[3].view)) return fall_back();
   if (!call.take_out(tensors[6].view, tensors[7].view, tensors[8].view, tensors[9].get(), classes)) return fall_back();
 
-  const ClassMeans head{{means.data, means_dtype, classes, looks.size, looks.size},
+  const HeadParams head{kind,
+                        {vectors.data, vectors_dtype, classes, input.size, input.size},
+                        static_cast<const float*>(per_class.data),
                         center ? static_cast<const float*>(center->data) : nullptr,
-                        static_cast<const float*>(scale.data),
                         packed ? packed->data : nullptr};
-  return run_head(call, dtype, looks, [&](const auto& features, int64_t* keep) {
-    return exit_step(features, head, call.departure, call.out, keep, call.threads);
-  });
-}
-
-PyObject* try_linear_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 11) return PyErr_Format(PyExc_TypeError, "try_linear_step takes 11 arguments, not %zd", count);
-  Call call;
-  PyObject* const out = args[5];
-  if (!torch.exchange || !call.take_rule(args[3], args[7], args[8], args[10]) || !is_out(out)) return fall_back();
-  Argument tensors[] = {{args[0]},
-                        {args[1]},
-                        {args[2]},
-                        {args[4]},
-                        {args[9], true},
-                        {PyTuple_GET_ITEM(out, 0)},
-                        {PyTuple_GET_ITEM(out, 1)},
-                        {PyTuple_GET_ITEM(out, 2)},
-                        {PyTuple_GET_ITEM(out, 3), true}};
-  if (!look_at(tensors)) return fall_back();
-  const Tensor &x = tensors[0].view, &weight = tensors[1].view, &bias = tensors[2].view;
-  const Tensor* const packed = tensors[4].get();
-  DType dtype, weight_dtype;
-  HeadInput looks;
-  if (!feature_dtype(x, dtype) || !feature_dtype(weight, weight_dtype) || !call.take_x(args[0], x)) return fall_back();
-  if (!looks.take(args[6], call.x, dtype) || !is_head(weight, call.x, looks)) return fall_back();
-  const int64_t classes = weight.shape[0];
-  if (!is_float32(bias) || !is_vector(bias, classes)) return fall_back();
-  if (!is_packed(packed, classes, looks.size) || !call.take_ids(args[4], tensors[3].view)) return fall_back();
-  if (!call.take_out(tensors[5].view, tensors[6].view, tensors[7].view, tensors[8].get(), classes)) return fall_back();
-
-  const Linear head{{weight.data, weight_dtype, classes, looks.size, looks.size},
-                    static_cast<const float*>(bias.data),
-                    packed ? packed->data : nullptr};
-  return run_head(call, dtype, looks, [&](const auto& features, int64_t* keep) {
-    return linear_step(features, head, call.departure, call.out, keep, call.threads);
-  });
+  return run(call,
+             [&](int64_t* keep) { return step(input.value, head, call.departure, call.out, keep, call.threads); });
 }
 
 PyObject* try_decide(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -501,7 +469,7 @@ PyObject* try_decide(PyObject*, PyObject* const* args, Py_ssize_t count) {
                         {PyTuple_GET_ITEM(out, 1)},
                         {PyTuple_GET_ITEM(out, 2)},
                         {PyTuple_GET_ITEM(out, 3), true}};
-  if (!look_at(tensors)) return fall_back();
+  if (!read_all(tensors)) return fall_back();
   const Tensor &x = tensors[0].view, &scores = tensors[1].view;
   const Tensor* const scale = tensors[3].get();
   const bool moves = x.dtype.code == dlpack::kInt || x.dtype.code == dlpack::kUInt || x.dtype.code == dlpack::kFloat ||
@@ -521,7 +489,7 @@ PyObject* try_decide(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return run(call, [&](int64_t* keep) { return decide(rows, divisor, call.departure, call.out, keep, call.threads); });
 }
 
-// False if this torch cannot show its tensors to C: then every call is unusual.
+// False if this torch cannot show its tensors to C: then every call falls back.
 bool register_torch_types(const py::object& tensor, const py::object& parameter, const py::object& decisions,
                           const py::object& statistics) {
   const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
@@ -541,7 +509,7 @@ bool register_torch_types(const py::object& tensor, const py::object& parameter,
   return exchange != nullptr;
 }
 
-// Plain functions of Python: pybind11 looks at every argument, which takes as long as everything that is done here.
+// Plain functions of Python: the conversions of pybind11 would take as long as everything that is done here.
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 void add(py::module_& m, const char* name, const char* doc) {
   static PyMethodDef method{name, nullptr, METH_FASTCALL, doc};
@@ -556,16 +524,17 @@ void bind_fast_path(py::module_& m) {
   m.def("register_torch_types", &register_torch_types,
         "Whether this torch can show its tensors to C; to be called once.", py::arg("tensor"), py::arg("parameter"),
         py::arg("decisions"), py::arg("statistics"));
-  add<try_exit_step>(m, "try_exit_step",
-                     "(x, means, scale, threshold, ids, out, center, statistics, rule, exit, packed, threads) -> "
-                     "(survivors, ids), or None if an argument is not as usual.");
-  add<try_linear_step>(
+  add<try_step<HeadKind::distances>>(
+      m, "try_exit_step",
+      "(x, means, scale, threshold, ids, out, center, statistics, rule, exit, packed, threads) -> "
+      "(survivors, ids), or None if the validated path must take the call.");
+  add<try_step<HeadKind::logits>>(
       m, "try_linear_step",
       "(x, weight, bias, threshold, ids, out, statistics, rule, exit, packed, threads) -> (survivors, ids), "
-      "or None if an argument is not as usual.");
+      "or None if the validated path must take the call.");
   add<try_decide>(m, "try_decide",
-                  "(x, scores, threshold, ids, out, scale, rule, exit, threads) -> (survivors, ids), or None if an "
-                  "argument is not as usual.");
+                  "(x, scores, threshold, ids, out, scale, rule, exit, threads) -> (survivors, ids), or None if the "
+                  "validated path must take the call.");
 }
 
 }  // namespace e2cm

@@ -1,4 +1,4 @@
-// The ops as Python calls them, for the arguments that nearly every call brings.
+// The fast path: exits on Python's own objects, for the arguments that nearly every call brings.
 #pragma once
 
 #include <pybind11/pybind11.h>

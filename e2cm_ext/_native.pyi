@@ -1,144 +1,31 @@
 # Addresses are of a tensor's first element; 0 stands for "none". dtypes: 0 float32, 1 bfloat16, 2 float16.
-# statistics: channels, height, width, channels_last; rows and columns of the grids of mean, rms and max.
+# Tuples stand for the structs of csrc/api.h; e2cm_ext/ops/calls.py makes them.
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-def class_distances(
-    x: int,
-    x_dtype: int,
-    rows: int,
-    dim: int,
-    x_stride: int,
-    means: int,
-    means_dtype: int,
-    classes: int,
-    center: int,
-    packed: int,
-    out: int,
-    threads: int,
-) -> None: ...
+# data, dtype, rows, dim, stride
+_Matrix: TypeAlias = tuple[int, int, int, int, int]
+# channels, height, width, channels_last; rows and columns of the grids of mean, rms and max; pairs
+_Numbers: TypeAlias = Sequence[int]
+# a matrix; the statistics of it that are read, if it is not read itself
+_Input: TypeAlias = tuple[_Matrix, _Numbers | None]
+# kind (0 distances, 1 logits), vectors, dtype, classes, dim, per_class, center, packed
+_Head: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+# rows, confidence, prediction, exit, log_probs
+_Answers: TypeAlias = tuple[int, int, int, int, int]
+# rule (0 confidence, 1 entropy), threshold, number of the exit, ids
+_Departure: TypeAlias = tuple[int, float, int, int]
+
+def class_distances(x: _Matrix, head: _Head, out: int, threads: int) -> None: ...
 def packed_bytes(classes: int, dim: int) -> int: ...
 def pack(vectors: int, dtype: int, classes: int, dim: int, center: int, packed: int, threads: int) -> None: ...
 def sampled_hash(data: int, bytes: int) -> int: ...
-def statistics(
-    x: int,
-    x_dtype: int,
-    rows: int,
-    dim: int,
-    x_stride: int,
-    statistics: Sequence[int],
-    out: int,
-    threads: int,
-) -> None: ...
-def class_scores(
-    x: int,
-    x_dtype: int,
-    rows: int,
-    dim: int,
-    x_stride: int,
-    means: int,
-    means_dtype: int,
-    classes: int,
-    means_dim: int,
-    center: int,
-    packed: int,
-    scale: int,
-    confidence: int,
-    prediction: int,
-    log_probs: int,
-    statistics: Sequence[int] | None,
-    threads: int,
-) -> None: ...
-def linear_scores(
-    x: int,
-    x_dtype: int,
-    rows: int,
-    dim: int,
-    x_stride: int,
-    weight: int,
-    weight_dtype: int,
-    classes: int,
-    weight_dim: int,
-    packed: int,
-    bias: int,
-    confidence: int,
-    prediction: int,
-    log_probs: int,
-    statistics: Sequence[int] | None,
-    threads: int,
-) -> None: ...
-def exit_step(
-    x: int,
-    x_dtype: int,
-    rows: int,
-    dim: int,
-    x_stride: int,
-    means: int,
-    means_dtype: int,
-    classes: int,
-    means_dim: int,
-    center: int,
-    packed: int,
-    scale: int,
-    rule: int,
-    threshold: float,
-    exit_number: int,
-    ids: int,
-    out_rows: int,
-    confidence: int,
-    prediction: int,
-    exit: int,
-    log_probs: int,
-    keep: int,
-    statistics: Sequence[int] | None,
-    threads: int,
-) -> int: ...
-def linear_step(
-    x: int,
-    x_dtype: int,
-    rows: int,
-    dim: int,
-    x_stride: int,
-    weight: int,
-    weight_dtype: int,
-    classes: int,
-    weight_dim: int,
-    packed: int,
-    bias: int,
-    rule: int,
-    threshold: float,
-    exit_number: int,
-    ids: int,
-    out_rows: int,
-    confidence: int,
-    prediction: int,
-    exit: int,
-    log_probs: int,
-    keep: int,
-    statistics: Sequence[int] | None,
-    threads: int,
-) -> int: ...
-def decide(
-    scores: int,
-    scores_dtype: int,
-    rows: int,
-    classes: int,
-    scores_stride: int,
-    scale: int,
-    rule: int,
-    threshold: float,
-    exit_number: int,
-    ids: int,
-    out_rows: int,
-    confidence: int,
-    prediction: int,
-    exit: int,
-    log_probs: int,
-    keep: int,
-    threads: int,
-) -> int: ...
+def statistics(x: _Matrix, statistics: _Numbers, out: int, threads: int) -> None: ...
+def scores(x: _Input, head: _Head, out: _Answers, threads: int) -> None: ...
+def step(x: _Input, head: _Head, departure: _Departure, out: _Answers, keep: int, threads: int) -> int: ...
+def decide(scores: _Matrix, scale: int, departure: _Departure, out: _Answers, keep: int, threads: int) -> int: ...
 def kept_rows(mask: int, rows: int, keep: int) -> int: ...
 def gather_rows(
     source: int,
@@ -150,58 +37,29 @@ def gather_rows(
     threads: int,
 ) -> None: ...
 
-# Only in a build with CUDA. place: device and stream. answers: rows; addresses of confidence, prediction, exit and
-# log_probs. departure: rule, threshold, number of the exit; addresses of ids, stays, bad_ids; whether rows that do not
-# stay are passed over.
-_Answers = tuple[int, int, int, int, int]
-_Departure = tuple[int, float, int, int, int, int, bool]
+# Only in a build with CUDA. place: device and stream.
+# stays, bad_ids; whether rows that do not stay are passed over
+_Marks: TypeAlias = tuple[int, int, bool]
+_Place: TypeAlias = tuple[int, int]
 
-def cuda_exit_workspace(rows: int, classes: int, dim: int, statistics: Sequence[int] | None) -> int: ...
+def cuda_exit_workspace(x: _Input, head: _Head) -> int: ...
 def cuda_exit(
-    x: int,
-    x_dtype: int,
-    rows: int,
-    dim: int,
-    x_stride: int,
-    statistics: Sequence[int] | None,
-    vectors: int,
-    classes: int,
-    vectors_dim: int,
-    squares: bool,
-    center: int,
-    per_class: int,
+    x: _Input,
+    head: _Head,
     distances: int,
     answers: _Answers,
-    departure: _Departure | None,
+    departure: tuple[_Departure, _Marks] | None,
     workspace: int,
-    place: tuple[int, int],
+    place: _Place,
 ) -> None: ...
 def cuda_decide(
-    scores: int,
-    scores_dtype: int,
-    rows: int,
-    classes: int,
-    scores_stride: int,
-    scale: int,
-    answers: _Answers,
-    departure: _Departure | None,
-    place: tuple[int, int],
+    scores: _Matrix, scale: int, answers: _Answers, departure: tuple[_Departure, _Marks] | None, place: _Place
 ) -> None: ...
-def cuda_statistics_workspace(rows: int, statistics: Sequence[int]) -> int: ...
-def cuda_statistics(
-    x: int,
-    x_dtype: int,
-    rows: int,
-    dim: int,
-    x_stride: int,
-    statistics: Sequence[int],
-    out: int,
-    workspace: int,
-    place: tuple[int, int],
-) -> None: ...
+def cuda_statistics_workspace(rows: int, statistics: _Numbers) -> int: ...
+def cuda_statistics(x: _Matrix, statistics: _Numbers, out: int, workspace: int, place: _Place) -> None: ...
 def cuda_kept_rows_workspace(rows: int) -> int: ...
 def cuda_kept_rows(
-    mask: int, rows: int, ids: int, keep: int, kept_ids: int, count: int, workspace: int, place: tuple[int, int]
+    mask: int, rows: int, ids: int, keep: int, kept_ids: int, count: int, workspace: int, place: _Place
 ) -> None: ...
 def cuda_gather_rows(
     source: int,
@@ -211,7 +69,7 @@ def cuda_gather_rows(
     counted: int,
     most: int,
     target: int,
-    place: tuple[int, int],
+    place: _Place,
 ) -> None: ...
 def register_torch_types(tensor: type, parameter: type, decisions: type, statistics: type) -> bool: ...
 

@@ -25,4 +25,5 @@ def test_cuda_part_is_linked_if_it_is_claimed():
         pytest.skip("built without CUDA")
     assert archs == ["emulated"] or all(re.match(r"\d+", arch) for arch in archs)
     # Needs no GPU: sums of 3 rows and 10 classes in one split, and a counter.
-    assert native.cuda_exit_workspace(3, 10, 100, None) == 512
+    x, head = ((0, 0, 3, 100, 100), None), (0, 0, 0, 10, 100, 0, 0, 0)
+    assert native.cuda_exit_workspace(x, head) == 512

@@ -59,14 +59,15 @@ struct PairSums::Plan {
   }
 };
 
-PairSums::PairSums(Kind kind, const Rows& x, const Rows& classes, const float* center, const void* packed, int threads)
+PairSums::PairSums(HeadKind kind, const Rows& x, const Rows& classes, const float* center, const void* packed,
+                   int threads)
     : isa_(kernels()),  // a wrong E2CM_ISA throws here, on the calling thread
       x_(x),
       classes_(classes),
       center_(center),
       kind_(kind),
       direct_(classes.rows <= kMaxDirectClasses),
-      norms_(kind == Kind::distances && !direct_),
+      norms_(kind == HeadKind::distances && !direct_),
       splits_(x.dim),
       packed_(classes.rows, x.dim, direct_ ? nullptr : const_cast<void*>(packed)),
       row_stride_(round_up(x.rows, kLanes)),
@@ -113,7 +114,7 @@ void PairSums::for_blocks(int64_t split, int64_t blocks_each, const Body& body) 
 void PairSums::add_direct(const Task& task, float* scratch) {
   const bool in_place = task.rows <= kMaxInPlaceRows && classes_.dtype == DType::f32;
   double* const sums = sums_ + task.split * split_stride_ + task.first_row;
-  const auto run = kind_ == Kind::distances ? isa_.add_squares : isa_.add_dots;
+  const auto run = kind_ == HeadKind::distances ? isa_.add_squares : isa_.add_dots;
   const auto add = [&](int64_t at, int64_t n, const DirectMeans& means) {
     run(element(x_, task.first_row, at), x_.dtype, x_.stride, task.rows, n, means, sums, row_stride_);
   };
@@ -177,8 +178,8 @@ PrefetchQueue PairSums::next_classes(int64_t at, int64_t k, int64_t end) const {
   return {element(classes_, k, at), std::min(isa_.panel, end - k), classes_.stride * size, kBlock * size};
 }
 
-Distances::Distances(const Rows& x, const ClassMeans& head, int threads)
-    : PairSums(Kind::distances, x, head.means, head.center, head.packed, threads), scale_(head.scale) {}
+Distances::Distances(const Rows& x, const HeadParams& head, int threads)
+    : PairSums(HeadKind::distances, x, head.vectors, head.center, head.packed, threads), scale_(head.per_class) {}
 
 // For pairs that distance_lanes calls inaccurate: the sum of squared differences; in double if float32 cannot hold it.
 float Distances::exact_distance(int64_t row, int64_t mean) const {
@@ -244,8 +245,8 @@ void Distances::lanes_from_products(int64_t first, float* out) const {
   }
 }
 
-Logits::Logits(const Rows& x, const Linear& head, int threads)
-    : PairSums(Kind::logits, x, head.weight, nullptr, head.packed, threads), bias_(head.bias) {}
+Logits::Logits(const Rows& x, const HeadParams& head, int threads)
+    : PairSums(HeadKind::logits, x, head.vectors, nullptr, head.packed, threads), bias_(head.per_class) {}
 
 void Logits::lanes(int64_t first, float* out) const {
   for (int64_t k = 0; k < classes_.rows; ++k) {

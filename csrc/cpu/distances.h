@@ -15,14 +15,13 @@ class PairSums {
   static int64_t rows_that_fit(int64_t dim, int64_t classes);
 
  protected:
-  enum class Kind { distances, logits };
-  PairSums(Kind kind, const Rows& x, const Rows& classes, const float* center, const void* packed, int threads);
+  PairSums(HeadKind kind, const Rows& x, const Rows& classes, const float* center, const void* packed, int threads);
 
   const Kernels& isa_;
   const Rows x_;
   const Rows classes_;  // a vector per class
   const float* const center_;
-  const Kind kind_;
+  const HeadKind kind_;
   const bool direct_;  // few classes: direct sums; else products
   const bool norms_;   // distances from products also need the norms
   const Splits splits_;
@@ -52,7 +51,7 @@ class PairSums {
 
 class Distances : public PairSums {
  public:
-  Distances(const Rows& x, const ClassMeans& head, int threads);
+  Distances(const Rows& x, const HeadParams& head, int threads);
 
   // out[k * kLanes + lane] = distance of row first + lane to mean k, divided by scale[k] if the head has scales.
   // `first` is a multiple of kLanes. Lanes after the last row are undefined.
@@ -67,7 +66,7 @@ class Distances : public PairSums {
 
 class Logits : public PairSums {
  public:
-  Logits(const Rows& x, const Linear& head, int threads);
+  Logits(const Rows& x, const HeadParams& head, int threads);
 
   // out[k * kLanes + lane] = minus the logit of row first + lane for class k. `first` as above.
   void lanes(int64_t first, float* out) const;

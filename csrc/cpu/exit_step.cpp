@@ -15,7 +15,7 @@ namespace e2cm {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kInCache = int64_t{1} << 18;  // statistics that are made before a head looks at them
+constexpr int64_t kInCache = int64_t{1} << 18;  // statistics that are made before a head reads them
 
 bool usable(float scale) { return scale > 0 && scale < kInfinity; }
 
@@ -79,7 +79,7 @@ void check_ids(const int64_t* ids, int64_t count, int64_t rows) {
                               ", but `out` has rows 0 to " + std::to_string(rows - 1));
 }
 
-// The common end of exit_step and decide, for the rows from `begin` on.
+// The common end of step and decide, for the rows from `begin` on.
 template <class Fill>
 void depart(int64_t rows, int64_t begin, const Departure& departure, const Answers& out, uint8_t* stays, int threads,
             const Fill& fill) {
@@ -95,131 +95,92 @@ void depart(int64_t rows, int64_t begin, const Departure& departure, const Answe
   });
 }
 
-const Rows& vectors_of(const ClassMeans& head) { return head.means; }
-const Rows& vectors_of(const Linear& head) { return head.weight; }
-
-Distances compare(const Rows& x, const ClassMeans& head, int threads) { return {x, head, threads}; }
-Logits compare(const Rows& x, const Linear& head, int threads) { return {x, head, threads}; }
-
-// Distances over scales, with the classes that have no mean made impossible.
-auto penalties_of(const Distances& distances, const ClassMeans& head) {
-  return [&distances, scale = head.scale, classes = head.means.rows](int64_t first, float* out) {
+// body(penalties) with penalties(first row, out) for kLanes rows of x: minus the logits, or distances over scales (if
+// there are scales) with +inf for the classes that have no mean.
+template <class Body>
+void with_penalties(const Rows& x, const HeadParams& head, int threads, const Body& body) {
+  if (head.kind == HeadKind::logits) {
+    const Logits logits(x, head, threads);
+    body([&](int64_t first, float* out) { logits.lanes(first, out); });
+    return;
+  }
+  const Distances distances(x, head, threads);
+  body([&](int64_t first, float* out) {
     distances.lanes(first, out);
-    for (int64_t k = 0; k < classes; ++k)
-      if (!usable(scale[k])) std::fill_n(out + k * kLanes, kLanes, kInfinity);
-  };
+    for (int64_t k = 0; head.per_class && k < head.vectors.rows; ++k)
+      if (!usable(head.per_class[k])) std::fill_n(out + k * kLanes, kLanes, kInfinity);
+  });
 }
 
-auto penalties_of(const Logits& logits, const Linear&) {
-  return [&logits](int64_t first, float* out) { logits.lanes(first, out); };
-}
-
-// body(first row, rows): what a head looks at. Statistics are made for as many samples as stay in cache.
+// body(first row, rows): what a head reads. Statistics are made for as many samples as stay in cache.
 template <class Body>
-void for_features(const Rows& x, int, const Body& body) {
-  body(0, x);
-}
-
-template <class Body>
-void for_features(const Pooled& x, int threads, const Body& body) {
-  const int64_t size = x.wanted.size(x.maps.channels);
+void for_features(const HeadInput& input, int threads, const Body& body) {
+  const Pooled* const pooled = std::get_if<Pooled>(&input);
+  if (!pooled) {
+    body(0, std::get<Rows>(input));
+    return;
+  }
+  const Maps& all = pooled->maps;
+  const int64_t size = pooled->wanted.size(all.channels);
   const int64_t most = std::max(kLanes, kInCache / std::max<int64_t>(1, size) / kLanes * kLanes);
-  Buffer<float> features(std::min(most, x.maps.rows) * size);
-  for (int64_t first = 0; first < x.maps.rows; first += most) {
-    Maps maps = x.maps;
-    maps.data = static_cast<const char*>(x.maps.data) + first * x.maps.stride * size_of(x.maps.dtype);
-    maps.rows = std::min(most, x.maps.rows - first);
-    statistics(maps, x.wanted, features.get(), threads);
+  Buffer<float> features(std::min(most, all.rows) * size);
+  for (int64_t first = 0; first < all.rows; first += most) {
+    Maps maps = all;
+    maps.data = static_cast<const char*>(all.data) + first * all.stride * size_of(all.dtype);
+    maps.rows = std::min(most, all.rows - first);
+    statistics(maps, pooled->wanted, features.get(), threads);
     body(first, Rows{features.get(), DType::f32, maps.rows, size, size});
   }
 }
 
-// body(first row, number of rows, sums). Sums need room for every pair, several times over for a large D: so many rows
-// at a time that it stays small.
-template <class Features, class Head, class Body>
-void for_chunks(const Features& features, const Head& head, int threads, const Body& body) {
-  for_features(features, threads, [&](int64_t begin, const Rows& x) {
-    const int64_t most = PairSums::rows_that_fit(x.dim, vectors_of(head).rows);
+// body(first row, number of rows, penalties). Sums need room for every pair, several times over for a large D: so many
+// rows at a time that it stays small.
+template <class Body>
+void for_chunks(const HeadInput& input, const HeadParams& head, int threads, const Body& body) {
+  for_features(input, threads, [&](int64_t begin, const Rows& x) {
+    const int64_t most = PairSums::rows_that_fit(x.dim, head.vectors.rows);
     for (int64_t first = 0; first < x.rows; first += most) {
       const Rows chunk{static_cast<const char*>(x.data) + first * x.stride * size_of(x.dtype), x.dtype,
                        std::min(most, x.rows - first), x.dim, x.stride};
-      body(begin + first, chunk.rows, compare(chunk, head, threads));
+      with_penalties(chunk, head, threads, [&](const auto& penalties) { body(begin + first, chunk.rows, penalties); });
     }
   });
 }
 
-template <class Features, class Head>
-void scores_of(const Features& x, const Head& head, const Answers& out, int threads) {
-  for_chunks(x, head, threads, [&](int64_t begin, int64_t rows, const auto& sums) {
-    for_lanes(rows, out.classes, threads, penalties_of(sums, head),
-              [&](int64_t first, int64_t count, const float* penalties) {
-                const LaneAnswers answers(penalties, out.classes);
-                int64_t target[kLanes];
-                for (int j = 0; j < kLanes; ++j) target[j] = j < count ? begin + first + j : -1;
-                answers.write(penalties, target, 0, out);
-              });
-  });
-}
-
-template <class Features, class Head>
-int64_t step(const Features& x, int64_t rows, const Head& head, const Departure& departure, const Answers& out,
-             int64_t* keep, int threads) {
-  check_ids(departure.ids, rows, out.rows);
-  Buffer<uint8_t> stays(rows);
-  for_chunks(x, head, threads, [&](int64_t begin, int64_t count, const auto& sums) {
-    depart(count, begin, departure, out, stays.get(), threads, penalties_of(sums, head));
-  });
-  return kept_rows(stays.get(), rows, keep);
-}
-
 }  // namespace
 
-void class_distances(const Rows& x, const ClassMeans& head, float* out, int threads) {
-  const int64_t classes = head.means.rows;
-  for_chunks(x, ClassMeans{head.means, head.center, nullptr, head.packed}, threads,
-             [&](int64_t begin, int64_t rows, const Distances& distances) {
-               const auto fill = [&](int64_t first, float* z) { distances.lanes(first, z); };
-               for_lanes(rows, classes, threads, fill, [&](int64_t first, int64_t count, const float* z) {
-                 for (int64_t j = 0; j < count; ++j)
-                   for (int64_t k = 0; k < classes; ++k) out[(begin + first + j) * classes + k] = z[k * kLanes + j];
-               });
-             });
+void class_distances(const Rows& x, const HeadParams& head, float* out, int threads) {
+  const int64_t classes = head.vectors.rows;
+  HeadParams unscaled = head;
+  unscaled.per_class = nullptr;
+  for_chunks(x, unscaled, threads, [&](int64_t begin, int64_t rows, const auto& distances) {
+    for_lanes(rows, classes, threads, distances, [&](int64_t first, int64_t count, const float* z) {
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t k = 0; k < classes; ++k) out[(begin + first + j) * classes + k] = z[k * kLanes + j];
+    });
+  });
 }
 
-void class_scores(const Rows& x, const ClassMeans& head, const Answers& out, int threads) {
-  scores_of(x, head, out, threads);
+void scores(const HeadInput& x, const HeadParams& head, const Answers& out, int threads) {
+  for_chunks(x, head, threads, [&](int64_t begin, int64_t rows, const auto& penalties_of) {
+    for_lanes(rows, out.classes, threads, penalties_of, [&](int64_t first, int64_t count, const float* penalties) {
+      const LaneAnswers answers(penalties, out.classes);
+      int64_t target[kLanes];
+      for (int j = 0; j < kLanes; ++j) target[j] = j < count ? begin + first + j : -1;
+      answers.write(penalties, target, 0, out);
+    });
+  });
 }
 
-void class_scores(const Pooled& x, const ClassMeans& head, const Answers& out, int threads) {
-  scores_of(x, head, out, threads);
-}
-
-void linear_scores(const Rows& x, const Linear& head, const Answers& out, int threads) {
-  scores_of(x, head, out, threads);
-}
-
-void linear_scores(const Pooled& x, const Linear& head, const Answers& out, int threads) {
-  scores_of(x, head, out, threads);
-}
-
-int64_t exit_step(const Rows& x, const ClassMeans& head, const Departure& departure, const Answers& out, int64_t* keep,
-                  int threads) {
-  return step(x, x.rows, head, departure, out, keep, threads);
-}
-
-int64_t exit_step(const Pooled& x, const ClassMeans& head, const Departure& departure, const Answers& out,
-                  int64_t* keep, int threads) {
-  return step(x, x.maps.rows, head, departure, out, keep, threads);
-}
-
-int64_t linear_step(const Rows& x, const Linear& head, const Departure& departure, const Answers& out, int64_t* keep,
-                    int threads) {
-  return step(x, x.rows, head, departure, out, keep, threads);
-}
-
-int64_t linear_step(const Pooled& x, const Linear& head, const Departure& departure, const Answers& out, int64_t* keep,
-                    int threads) {
-  return step(x, x.maps.rows, head, departure, out, keep, threads);
+int64_t step(const HeadInput& x, const HeadParams& head, const Departure& departure, const Answers& out, int64_t* keep,
+             int threads) {
+  const int64_t rows = rows_of(x);
+  check_ids(departure.ids, rows, out.rows);
+  Buffer<uint8_t> stays(rows);
+  for_chunks(x, head, threads, [&](int64_t begin, int64_t count, const auto& penalties_of) {
+    depart(count, begin, departure, out, stays.get(), threads, penalties_of);
+  });
+  return kept_rows(stays.get(), rows, keep);
 }
 
 int64_t decide(const Rows& scores, const float* scale, const Departure& departure, const Answers& out, int64_t* keep,

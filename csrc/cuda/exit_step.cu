@@ -1,4 +1,4 @@
-// A whole exit on a stream: statistics if the head looks at them, sums, answers; and answers to scores of other heads.
+// A whole exit on a stream: statistics if the head reads them, sums, answers; and answers to scores of other heads.
 // As many rows at a time as the workspace has room for.
 #include "kernels.h"
 
@@ -24,10 +24,11 @@ __global__ void __launch_bounds__(kThreads) answer_scores(const Decision d) {
   });
 }
 
-int64_t rows_of(const Exit& exit) { return exit.statistics ? exit.pooled.maps.rows : exit.x.rows; }
+const Pooled* pooled_of(const Exit& exit) { return std::get_if<Pooled>(&exit.input); }
 
 Workspace workspace_of(const Exit& exit) {
-  return workspace_for(rows_of(exit), exit.vectors.dim, exit.vectors.rows, exit.statistics);
+  const Rows& vectors = exit.head.vectors;
+  return workspace_for(rows_of(exit.input), vectors.dim, vectors.rows, pooled_of(exit) != nullptr);
 }
 
 Rows some(const Rows& rows, int64_t first, int64_t count) {
@@ -45,36 +46,37 @@ Maps some(const Maps& maps, int64_t first, int64_t count) {
 
 int64_t exit_workspace(const Exit& exit) {
   const Workspace workspace = workspace_of(exit);
-  const Pooled& pooled = exit.pooled;
-  return workspace.bytes +
-         (exit.statistics ? statistics_workspace(workspace.rows, pooled.maps.channels, pooled.wanted) : 0);
+  const Pooled* const pooled = pooled_of(exit);
+  return workspace.bytes + (pooled ? statistics_workspace(workspace.rows, pooled->maps.channels, pooled->wanted) : 0);
 }
 
 cudaError_t launch_exit(const Exit& exit, void* memory, cudaStream_t stream) {
   const Workspace workspace = workspace_of(exit);
   const auto at = [&](int64_t offset) { return static_cast<void*>(static_cast<char*>(memory) + offset); };
   const auto floats = [&](int64_t offset) { return static_cast<float*>(at(offset)); };
-  const ScoreParams scores{exit.squares, exit.per_class, exit.distances};
+  const HeadParams& head = exit.head;
+  const ScoreParams scores{head.kind == HeadKind::distances, head.per_class, exit.distances};
+  const Pooled* const pooled = pooled_of(exit);
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  for (int64_t first = 0; first < rows_of(exit) && error == cudaSuccess; first += workspace.rows) {
-    const int64_t count = std::min(workspace.rows, rows_of(exit) - first);
+  for (int64_t first = 0; first < rows_of(exit.input) && error == cudaSuccess; first += workspace.rows) {
+    const int64_t count = std::min(workspace.rows, rows_of(exit.input) - first);
     Epilogue epilogue = exit.epilogue;
     epilogue.first = first;
     Rows x;
-    if (exit.statistics) {
-      x = {at(workspace.features), DType::f32, count, exit.vectors.dim, exit.vectors.dim};
-      error = launch_statistics(some(exit.pooled.maps, first, count), exit.pooled.wanted, floats(workspace.features),
+    if (pooled) {
+      x = {at(workspace.features), DType::f32, count, head.vectors.dim, head.vectors.dim};
+      error = launch_statistics(some(pooled->maps, first, count), pooled->wanted, floats(workspace.features),
                                 at(workspace.bytes), stream);
       if (error != cudaSuccess) return error;
     } else {
-      x = some(exit.x, first, count);
+      x = some(std::get<Rows>(exit.input), first, count);
     }
-    error = exit.vectors.rows <= kMaxDirectClasses
-                ? launch_direct(x, exit.vectors, scores, epilogue, floats(workspace.sums),
+    error = head.vectors.rows <= kMaxDirectClasses
+                ? launch_direct(x, head.vectors, scores, epilogue, floats(workspace.sums),
                                 static_cast<unsigned*>(at(workspace.counters)), processors, stream)
-                : launch_gemm(x, exit.vectors, exit.center, scores, epilogue, floats(workspace.sums),
+                : launch_gemm(x, head.vectors, head.center, scores, epilogue, floats(workspace.sums),
                               floats(workspace.row_norms), floats(workspace.class_norms), stream);
   }
   return error;

@@ -25,17 +25,12 @@ struct Epilogue {
   int64_t* bad_ids;  // set to 1 by an id outside of `out`, whose row is not answered; or null
 };
 
-// What an exit looks at, its head, and what becomes of it; see api.h. Exactly one of the ways to look is set.
+// What an exit reads, its head (with vectors [classes, dim] float32), and what becomes of it; see api.h.
 struct Exit {
-  Rows x;         // if statistics is false
-  Pooled pooled;  // if it is true
-  bool statistics;
-  Rows vectors;            // class means or weights, [classes, dim] float32
-  const float* center;     // or null
-  bool squares;            // distances to class means, else logits
-  const float* per_class;  // scales or biases; null if distances alone are wanted
-  float* distances;        // [rows, classes], and nothing else is done; or null
-  Epilogue epilogue;       // epilogue.first is 0
+  HeadInput input;
+  HeadParams head;
+  float* distances;   // [rows, classes]: they go here, and nothing else is done (head.per_class is not read); or null
+  Epilogue epilogue;  // epilogue.first is 0
 };
 
 int64_t exit_workspace(const Exit& exit);  // bytes
@@ -45,7 +40,7 @@ int64_t statistics_workspace(int64_t rows, int64_t channels, const Statistics& w
 cudaError_t launch_statistics(const Maps& maps, const Statistics& wanted, float* out, void* workspace,
                               cudaStream_t stream);
 
-// exit_step for scores that some other head has made: logits if `scale` is null, else distances to be divided by it.
+// step for scores that some other head has made: logits if `scale` is null, else distances to be divided by it.
 cudaError_t launch_decide(const Rows& scores, const float* scale, const Epilogue& epilogue, cudaStream_t stream);
 
 // keep: the numbers of the true bytes of mask[rows]; kept_ids: ids[keep], if there are ids; count: how many.

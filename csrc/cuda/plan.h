@@ -49,7 +49,7 @@ constexpr int64_t rows_that_fit(int64_t dim, int64_t classes) {
 
 // What a call needs in device memory beside its arguments, in bytes from the beginning, each on a multiple of 256.
 struct Workspace {
-  int64_t features = 0;               // statistics, [rows, dim] float32, if that is what a head looks at
+  int64_t features = 0;               // statistics, [rows, dim] float32, if that is what a head reads
   int64_t sums = 0;                   // [splits, rows, classes] float32
   int64_t row_norms = 0;              // [splits, rows]
   int64_t class_norms = 0;            // [splits, classes]
@@ -78,7 +78,7 @@ inline Workspace workspace_for(int64_t rows, int64_t dim, int64_t classes, bool 
   return w;
 }
 
-constexpr int64_t kScanRows = 8192;  // that one block of compact.cu looks at
+constexpr int64_t kScanRows = 8192;  // that one block of compact.cu reads
 
 }  // namespace cuda
 }  // namespace e2cm

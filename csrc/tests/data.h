@@ -188,7 +188,7 @@ class Matrix {
   Exact<uint16_t> half_;
 };
 
-// A batch and a head: what class_distances, class_scores and exit_step take.
+// A batch and a head: what class_distances, scores and step take.
 struct Problem {
   Matrix x, means;
   Exact<float> center, scale;
@@ -216,7 +216,9 @@ struct Problem {
     for (int64_t k = 0; k < scale.size(); ++k) scale[k] = static_cast<float>(distance * (0.1 + 0.2 * random.uniform()));
   }
 
-  ClassMeans head() const { return {means.view(), centered ? center.data() : nullptr, scale.data()}; }
+  HeadParams head() const {
+    return {HeadKind::distances, means.view(), scale.data(), centered ? center.data() : nullptr};
+  }
 
   double distance(int64_t row, int64_t mean) const {
     double sum = 0;

@@ -49,13 +49,12 @@ void launch(cuda::Exit exit) {
   CHECK(cuda::launch_exit(exit, workspace.at(), nullptr) == cudaSuccess);
 }
 
-cuda::Exit exit_of(const Problem& p, const Rows& x, const Rows& vectors, bool squares) {
+cuda::Exit exit_of(const Problem& p, const Rows& x, const Rows& vectors, HeadKind kind) {
   cuda::Exit exit{};
-  exit.x = x;
-  exit.vectors = vectors;
-  exit.center = p.centered ? p.center.data() : nullptr;
-  exit.squares = squares;
-  exit.per_class = p.scale.data();
+  exit.input = x;
+  exit.head = p.head();
+  exit.head.kind = kind;
+  exit.head.vectors = vectors;
   return exit;
 }
 
@@ -128,10 +127,10 @@ TEST(distances_of_all_shapes_in_any_order) {
     for (const bool aligned : {false, true}) {
       in_order(kOrders[turn++ % 3]);
       const Exact<float> distances(shape.batch * shape.classes, kUnsetFloat);
-      cuda::Exit exit = exit_of(p, aligned ? x.rows : p.x.view(), p.means.view(), true);
+      cuda::Exit exit = exit_of(p, aligned ? x.rows : p.x.view(), p.means.view(), HeadKind::distances);
       // The class vectors of a call are dense; padded ones are as good.
-      if (aligned) exit.vectors = vectors.rows;
-      exit.per_class = nullptr;
+      if (aligned) exit.head.vectors = vectors.rows;
+      exit.head.per_class = nullptr;
       exit.distances = distances.data();
       launch(exit);
       for (int64_t b = 0; b < shape.batch; ++b)
@@ -154,7 +153,7 @@ TEST(steps_match_the_equations) {
     state().context = "steps " + p.text();
     in_order(kOrders[turn++ % 3]);
     const Out all(shape.batch, shape.classes), some(shape.batch + 2, shape.classes);
-    cuda::Exit exit = exit_of(p, p.x.view(), p.means.view(), true);
+    cuda::Exit exit = exit_of(p, p.x.view(), p.means.view(), HeadKind::distances);
     exit.epilogue.out = all.view(false);
     launch(exit);
 
@@ -191,7 +190,7 @@ TEST(logits_of_few_and_many_classes) {
       p.fill(random, 0, 0.1);
       state().context = "logits " + p.text();
       const Out out(5, classes);
-      cuda::Exit exit = exit_of(p, p.x.view(), p.means.view(), false);
+      cuda::Exit exit = exit_of(p, p.x.view(), p.means.view(), HeadKind::logits);
       exit.epilogue.out = out.view(false);
       launch(exit);
       for (int64_t b = 0; b < 5; ++b) {
@@ -220,7 +219,7 @@ TEST(invalid_ids_are_reported_and_not_written) {
     const Out out(5, 3);
     const Exact<int64_t> ids(std::vector<int64_t>{0, 1, wrong, 3, 4}), bad(1, 0);
     const Exact<uint8_t> stays(5);
-    cuda::Exit exit = exit_of(p, p.x.view(), p.means.view(), true);
+    cuda::Exit exit = exit_of(p, p.x.view(), p.means.view(), HeadKind::distances);
     exit.epilogue.out = out.view();
     exit.epilogue.ids = ids.data();
     exit.epilogue.threshold = -1;
@@ -305,9 +304,8 @@ TEST(heads_on_statistics) {
     for (int64_t b = 0; b < rows; ++b)
       for (int64_t j = 0; j < p.x.dim(); ++j) p.x.set(b, j, features[b * p.x.dim() + j]);
     const Out out(rows, classes);
-    cuda::Exit exit = exit_of(p, {}, p.means.view(), true);
-    exit.statistics = true;
-    exit.pooled = {maps, wanted};
+    cuda::Exit exit = exit_of(p, Rows{}, p.means.view(), HeadKind::distances);
+    exit.input = Pooled{maps, wanted};
     exit.epilogue.out = out.view(false);
     launch(exit);
     for (int64_t b = 0; b < rows; ++b) {
@@ -371,9 +369,8 @@ TEST(gathered_rows_of_any_alignment) {
 
 TEST(empty_launches_are_no_error) {
   cuda::Exit exit{};
-  exit.vectors = {nullptr, DType::f32, 3, 4, 4};
-  exit.x = {nullptr, DType::f32, 0, 4, 4};
-  exit.squares = true;
+  exit.head = {HeadKind::distances, {nullptr, DType::f32, 3, 4, 4}, nullptr};
+  exit.input = Rows{nullptr, DType::f32, 0, 4, 4};
   launch(exit);
   CHECK(cuda::launch_decide({nullptr, DType::f32, 0, 3, 3}, nullptr, {}, nullptr) == cudaSuccess);
   CHECK(cuda::launch_gather_rows(nullptr, 0, 0, nullptr, nullptr, 9, nullptr, nullptr) == cudaSuccess);

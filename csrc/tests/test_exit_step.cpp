@@ -1,4 +1,4 @@
-// class_scores, exit_step and decide: answers, who leaves, and what may not be touched.
+// scores, step and decide: answers, who leaves, and what may not be touched.
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
@@ -89,13 +89,13 @@ double largest_finite(const std::vector<double>& z) {
   return largest;
 }
 
-// class_scores and exit_step of a problem, from its class_distances (which have a test of their own).
+// scores and step of a problem, from its class_distances (which have a test of their own).
 void check_problem(Random& random, const Problem& problem, int64_t sampled_rows) {
   const int64_t batch = problem.x.rows(), classes = problem.means.rows();
   const Exact<float> distances(batch * classes);
   class_distances(problem.x.view(), problem.head(), distances.data(), 1);
   const Out every(batch, classes);
-  class_scores(problem.x.view(), problem.head(), every.view(false), static_cast<int>(1 + random.below(3)));
+  scores(problem.x.view(), problem.head(), every.view(false), static_cast<int>(1 + random.below(3)));
   std::vector<double> entropy;
   double slack = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -108,8 +108,8 @@ void check_problem(Random& random, const Problem& problem, int64_t sampled_rows)
   }
   check_steps(random, every, entropy, slack_of_entropy(static_cast<size_t>(classes), slack),
               [&](const Departure& departure, const Answers& out, int64_t* keep) {
-                return exit_step(problem.x.view(), problem.head(), departure, out, keep,
-                                 static_cast<int>(1 + random.below(3)));
+                return step(problem.x.view(), problem.head(), departure, out, keep,
+                            static_cast<int>(1 + random.below(3)));
               });
 }
 
@@ -139,7 +139,7 @@ TEST(scores_from_the_equations) {
     problem.fill(random, 100);
     state().context = problem.text();
     const Out out(batch, classes);
-    class_scores(problem.x.view(), problem.head(), out.view(), 1);
+    scores(problem.x.view(), problem.head(), out.view(), 1);
     for (int64_t b = 0; b < batch; ++b) {
       std::vector<double> z;
       for (int64_t k = 0; k < classes; ++k) z.push_back(problem.distance(b, k) / problem.scale[k]);
@@ -165,7 +165,7 @@ TEST(ties_go_to_the_lowest_class) {
             problem.x.set(b, i, problem.means.at(first, i) + (b % 3) * 1e-3 * random.normal());
         state().context = problem.text();
         const Out out(batch, classes);
-        class_scores(problem.x.view(), problem.head(), out.view(), 2);
+        scores(problem.x.view(), problem.head(), out.view(), 2);
         for (int64_t b = 0; b < batch; ++b) {
           CHECK(out.prediction[b] != second);
           CHECK(same_bits(out.log_probs[b * classes + first], out.log_probs[b * classes + second]));
@@ -178,7 +178,7 @@ TEST(all_the_same_mean) {
   for (const int64_t classes : {1, 2, 6, 49, 1000}) {
     const Problem problem(18, classes, 33);
     const Out out(18, classes);
-    class_scores(problem.x.view(), problem.head(), out.view(), 1);
+    scores(problem.x.view(), problem.head(), out.view(), 1);
     for (int64_t b = 0; b < 18; ++b) check_answer(out, b, std::vector<double>(static_cast<size_t>(classes), 0.), 0);
     for (int64_t b = 0; b < 18; ++b) CHECK(out.prediction[b] == 0);
   }
@@ -202,7 +202,7 @@ TEST(unusable_scales) {
         state().context = problem.text() + ", scale " + std::to_string(bad) + ", mean " + std::to_string(mean);
         check_problem(random, problem, batch);
         const Out out(batch, classes);
-        class_scores(problem.x.view(), problem.head(), out.view(), 1);
+        scores(problem.x.view(), problem.head(), out.view(), 1);
         for (int64_t b = 0; b < batch; ++b)
           for (const int64_t k : missing) {
             if (classes == 1)
@@ -227,7 +227,7 @@ TEST(non_finite_rows_never_leave) {
         for (const Rule rule : {Rule::confidence, Rule::entropy}) {
           const Out out(batch, classes);
           const Departure all{rule, rule == Rule::confidence ? -kInff : kInff, 1, ids.data()};
-          CHECK(exit_step(problem.x.view(), problem.head(), all, out.view(), keep.data(), 2) == 4);
+          CHECK(step(problem.x.view(), problem.head(), all, out.view(), keep.data(), 2) == 4);
           CHECK(keep[0] == 0 && keep[1] == 15 && keep[2] == 16 && keep[3] == 34);
         }
       }
@@ -239,7 +239,7 @@ TEST(one_class_and_its_entropy_of_zero) {  // the only entropy that is known exa
   const Exact<int64_t> ids(std::vector<int64_t>{0, 1, 2}), keep(3);
   const auto stay = [&](Rule rule, float threshold) {
     const Out out(3, 1);
-    return exit_step(problem.x.view(), problem.head(), {rule, threshold, 1, ids.data()}, out.view(), keep.data(), 1);
+    return step(problem.x.view(), problem.head(), {rule, threshold, 1, ids.data()}, out.view(), keep.data(), 1);
   };
   CHECK(stay(Rule::entropy, 0.f) == 3);
   CHECK(stay(Rule::entropy, -1.f) == 3);
@@ -255,8 +255,8 @@ TEST(null_outputs_are_skipped) {  // exit and log_probs may be null
   const Out full(40, 10), part(40, 10);
   const Exact<int64_t> ids(some_ids(random, 40, 40)), keep(40), keep_too(40);
   const Departure departure{Rule::confidence, 0.3f, 2, ids.data()};
-  const int64_t kept = exit_step(problem.x.view(), problem.head(), departure, full.view(), keep.data(), 1);
-  CHECK(exit_step(problem.x.view(), problem.head(), departure, part.view(false, false), keep_too.data(), 1) == kept);
+  const int64_t kept = step(problem.x.view(), problem.head(), departure, full.view(), keep.data(), 1);
+  CHECK(step(problem.x.view(), problem.head(), departure, part.view(false, false), keep_too.data(), 1) == kept);
   for (int64_t i = 0; i < kept; ++i) CHECK(keep[i] == keep_too[i]);
   for (int64_t row = 0; row < 40; ++row) {
     CHECK(full.confidence[row] == part.confidence[row] && full.prediction[row] == part.prediction[row]);
@@ -272,10 +272,10 @@ TEST(empty_batches) {
     const Out out(rows, 10);
     const Departure departure{Rule::confidence, 0.f, 1, nobody.data()};
     class_distances(problem.x.view(), problem.head(), nothing.data(), 4);
-    class_scores(Rows{nullptr, DType::f32, 0, 64, 64}, problem.head(), out.view(), 4);
-    CHECK(exit_step(problem.x.view(), problem.head(), departure, out.view(), nobody.data(), 4) == 0);
-    CHECK(exit_step(Rows{nullptr, DType::f16, 0, 64, 64}, problem.head(), {Rule::entropy, 0.f, 1, nullptr}, out.view(),
-                    nullptr, 4) == 0);
+    scores(Rows{nullptr, DType::f32, 0, 64, 64}, problem.head(), out.view(), 4);
+    CHECK(step(problem.x.view(), problem.head(), departure, out.view(), nobody.data(), 4) == 0);
+    CHECK(step(Rows{nullptr, DType::f16, 0, 64, 64}, problem.head(), {Rule::entropy, 0.f, 1, nullptr}, out.view(),
+               nullptr, 4) == 0);
     CHECK(decide({nullptr, DType::f32, 0, 10, 10}, nullptr, departure, out.view(), nullptr, 4) == 0);
     CHECK(out.untouched());
   }
@@ -297,15 +297,15 @@ TEST(ids_out_of_range) {
           const Departure departure{rule, random.pick({-kInff, 0.5f, kInff}), 1, ids.data()};
           const Matrix logits(DType::f32, 40, 3, 3);
           CHECK_THROWS(std::out_of_range,
-                       exit_step(problem.x.view(), problem.head(), departure, out.view(), keep.data(), threads));
+                       step(problem.x.view(), problem.head(), departure, out.view(), keep.data(), threads));
           CHECK_THROWS(std::out_of_range, decide(logits.view(), nullptr, departure, out.view(), keep.data(), threads));
           CHECK(out.untouched());
           for (int64_t i = 0; i < 40; ++i) CHECK(keep[i] == kUnset);
         }
   const Out none(0, 3);
   const Exact<int64_t> ids(1), keep(1, kUnset);
-  CHECK_THROWS(std::out_of_range, exit_step(problem.x.view(0, 1), problem.head(),
-                                            {Rule::confidence, 0.f, 1, ids.data()}, none.view(), keep.data(), 1));
+  CHECK_THROWS(std::out_of_range, step(problem.x.view(0, 1), problem.head(), {Rule::confidence, 0.f, 1, ids.data()},
+                                       none.view(), keep.data(), 1));
   CHECK(keep[0] == kUnset);
 }
 
@@ -345,7 +345,7 @@ void check_decide(Random& random, const Matrix& scores, const float* scale) {
       CHECK(every.untouched(b));
       CHECK(invalid < kept && keep[invalid] == b);
       ++invalid;
-      every.confidence[b] = kNanf;  // what class_scores would say
+      every.confidence[b] = kNanf;  // what scores would say
     }
   }
   CHECK(kept == invalid);

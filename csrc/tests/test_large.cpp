@@ -49,7 +49,8 @@ TEST(large_row_strides) {
   for (int64_t k = 0; k < classes; ++k)
     for (int64_t i = 0; i < dim; ++i) far_means.at<float>()[k * kGap + i] = static_cast<float>(filled.means.at(k, i));
   const Rows x{rows.at<void>(), DType::bf16, batch, dim, kGap};
-  const ClassMeans head{{far_means.at<void>(), DType::f32, classes, dim, kGap}, nullptr, filled.scale.data()};
+  const HeadParams head{
+      HeadKind::distances, {far_means.at<void>(), DType::f32, classes, dim, kGap}, filled.scale.data()};
   const Exact<float> wanted(batch * classes), got(batch * classes);
   class_distances(filled.x.view(), filled.head(), wanted.data(), 1);
   class_distances(x, head, got.data(), 1);

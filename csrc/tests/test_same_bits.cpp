@@ -20,13 +20,13 @@ struct Result {
         out(count, problem.means.rows()),
         keep(count, kUnset) {
     const Rows x = problem.x.view(first, count);
-    ClassMeans head = problem.head();
+    HeadParams head = problem.head();
     head.packed = packed;
     const Exact<int64_t> ids(count);
     for (int64_t i = 0; i < count; ++i) ids[i] = count - 1 - i;
     class_distances(x, head, distances.data(), threads);
-    class_scores(x, head, every.view(), threads);
-    kept = exit_step(x, head, {Rule::confidence, 0.4f, 3, ids.data()}, out.view(), keep.data(), threads);
+    scores(x, head, every.view(), threads);
+    kept = step(x, head, {Rule::confidence, 0.4f, 3, ids.data()}, out.view(), keep.data(), threads);
   }
 };
 
@@ -114,8 +114,10 @@ TEST(packed_once_or_per_call) {
 
     pack(problem.means.view(), nullptr, weights.data(), 3);
     const Out without(batch, classes), with(batch, classes);
-    linear_scores(problem.x.view(), {problem.means.view(), problem.scale.data()}, without.view(), 2);
-    linear_scores(problem.x.view(), {problem.means.view(), problem.scale.data(), weights.data()}, with.view(), threads);
+    HeadParams linear{HeadKind::logits, problem.means.view(), problem.scale.data()};
+    scores(problem.x.view(), linear, without.view(), 2);
+    linear.packed = weights.data();
+    scores(problem.x.view(), linear, with.view(), threads);
     for (int64_t b = 0; b < batch; ++b) CHECK(same_row(without, b, with, b));
   }
 }

@@ -194,9 +194,9 @@ TEST(linear_scores_match_the_equations) {
     const Exact<float> bias(shape.classes);
     for (int64_t k = 0; k < shape.classes; ++k) bias[k] = static_cast<float>(random.normal());
     if (shape.classes > 1) bias[random.below(shape.classes)] = -kInff;
-    const Linear head{problem.means.view(), bias.data()};
+    const HeadParams head{HeadKind::logits, problem.means.view(), bias.data()};
     const Out out(shape.batch, shape.classes);
-    linear_scores(problem.x.view(), head, out.view(), 3);
+    scores(problem.x.view(), head, out.view(), 3);
     for (int64_t b = 0; b < shape.batch; ++b) {
       std::vector<double> penalties;
       double magnitude = 0;
@@ -227,13 +227,12 @@ TEST(steps_of_heads_on_statistics) {
       weight[j] = static_cast<float>(random.normal() / std::sqrt(static_cast<double>(c.size())));
     const Rows seen{all.data(), DType::f32, rows, c.size(), c.size()};
     const Rows vectors{weight.data(), DType::f32, classes, c.size(), c.size()};
-    const Linear linear{vectors, ones.data()};
-    const ClassMeans means{vectors, nullptr, ones.data()};
     const Pooled pooled{c.maps, c.wanted};
     const Exact<int64_t> ids(rows), keep(rows), other(rows);
     for (int64_t b = 0; b < rows; ++b) ids[b] = rows - 1 - b;
 
-    const auto agree = [&](const auto& head, const auto& scores, const auto& step) {
+    for (const HeadKind kind : {HeadKind::logits, HeadKind::distances}) {
+      const HeadParams head{kind, vectors, ones.data()};
       const Out expected(rows, classes), got(rows, classes), one(rows, classes), two(rows, classes);
       scores(seen, head, expected.view(false), 1);
       scores(pooled, head, got.view(false), 3);
@@ -246,10 +245,7 @@ TEST(steps_of_heads_on_statistics) {
         CHECK(same_row(one, b, two, b));
         CHECK(one.untouched(ids[b]) == !(expected.confidence[b] > departure.threshold));
       }
-    };
-    agree(
-        linear, [](const auto&... all) { linear_scores(all...); }, [](const auto&... a) { return linear_step(a...); });
-    agree(means, [](const auto&... all) { class_scores(all...); }, [](const auto&... a) { return exit_step(a...); });
+    }
   }
 }
 

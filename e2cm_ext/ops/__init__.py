@@ -1,7 +1,6 @@
-"""The kernels as functions of tensors: see `functional`."""
+"""The kernels as functions of tensors; see `functional`."""
 
 from .functional import (
-    ClassScores,
     class_distances,
     class_scores,
     compact,
@@ -13,6 +12,7 @@ from .functional import (
     statistics,
 )
 from .packing import Packed, pack
+from .types import ClassScores
 
 __all__ = [
     "ClassScores",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import native
 from . import validation
+from .calls import Batch
 
 __all__ = ["Packed", "pack"]
 
@@ -98,7 +99,7 @@ def pack(vectors: Tensor, center: Tensor | None = None) -> Packed:
     return packed
 
 
-def _like_one(vectors: validation.Batch, center: Tensor) -> Tensor:
+def _like_one(vectors: Batch, center: Tensor) -> Tensor:
     """The center as float32 in the memory order of one of the vectors."""
     center = validation.strided("center", center, "a tensor [features] of floats, or None")
     shape = tuple(vectors.tensor.shape[1:])

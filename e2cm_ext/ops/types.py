@@ -1,4 +1,4 @@
-"""What the ops take and give beside tensors: `Decisions` and `Statistics`."""
+"""What the ops take and return beside tensors."""
 
 from __future__ import annotations
 
@@ -11,26 +11,55 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Decisions", "Statistics"]
+__all__ = ["ClassScores", "Decisions", "Statistics"]
 
 Grid = tuple[int, int]
 
 
-class Decisions(NamedTuple):
-    """Answers in input order; row i belongs to sample i.
+class ClassScores(NamedTuple):
+    """The answers of a head for a batch.
 
-    Exits write into the rows of the samples that leave there. A row that nobody has written yet holds prediction -1,
-    exit -1 and NaN elsewhere.
+    Attributes:
+        confidence: The largest probability of each sample, float32 [B].
+        prediction: The likeliest class, int64 [B].
+        log_probs: Log-probabilities of all classes, float32 [B, K].
     """
 
-    prediction: Tensor  # [N] int64
-    confidence: Tensor  # [N] float32: the largest probability
-    exit: Tensor  # [N] int64: the number of the exit that answered
-    log_probs: Tensor | None  # [N, K] float32, or None where nobody needs them
+    confidence: Tensor
+    prediction: Tensor
+    log_probs: Tensor
+
+
+class Decisions(NamedTuple):
+    """The answers for a data set or a batch, in input order: row i belongs to sample i.
+
+    Exits write into the rows of the samples that leave there. A row that has not been written yet holds prediction -1,
+    exit -1 and NaN elsewhere.
+
+    Attributes:
+        prediction: The likeliest class, int64 [N].
+        confidence: The largest probability, float32 [N].
+        exit: The number of the exit that answered, int64 [N].
+        log_probs: Log-probabilities of all classes, float32 [N, K], or None where they are not wanted.
+    """
+
+    prediction: Tensor
+    confidence: Tensor
+    exit: Tensor
+    log_probs: Tensor | None
 
     @classmethod
     def empty(cls, count: int, num_classes: int | None = None, device: torch.device | str | None = None) -> Decisions:
-        """Room for `count` answers; without `num_classes` no log-probabilities are kept."""
+        """Make room for answers.
+
+        Args:
+            count: Number of samples.
+            num_classes: Number of classes; None: no log-probabilities are kept.
+            device: Where the answers go, as in `torch.full`.
+
+        Returns:
+            Decisions that no exit has written to.
+        """
         nan = float("nan")
         return cls(
             prediction=torch.full((count,), -1, dtype=torch.int64, device=device),
@@ -44,19 +73,32 @@ class Decisions(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """The mean, the root mean square and the maximum of every channel, each in the cells of a grid of its own, and how
-    channels go together.
+    """Statistics of feature maps that a head may read in the place of the features: a few numbers per channel.
 
-    A grid is (rows, columns); (0, 0) leaves its statistic out. Cell i of an axis of n numbers that is cut into g goes
-    from floor(i n / g) to floor((i + 1) n / g): cells are as equal as can be, never overlap and are never empty.
+    Per channel: the mean, the root mean square and the maximum, each in the cells of a grid of its own, and products of
+    pairs of channels. A grid is (rows, columns); (0, 0) leaves its statistic out. Cell i of an axis of n numbers that
+    is cut into g cells goes from floor(i n / g) to floor((i + 1) n / g): cells are as equal as can be, never overlap
+    and are never empty.
 
-    `pairs` offsets o = 0, 1, ..., which are no more than half the channels: of channel c and channel c + o (the first
-    ones follow the last) the mean product over the whole map; its root, with its sign. At offset 0 that is the root
-    mean square.
+    The result of a sample is all means, then all root mean squares, then all maxima, each [C, rows, columns] flattened,
+    then [pairs, C].
 
-    `channels` says which axis of a sample's shape holds the channels: 0 (maps [C, H, W]) or -1 (maps [H, W, C], tokens
-    [N, C]). Tokens are maps of N x 1, a vector [C] is a map of 1 x 1. The result of a sample is all means, then all
-    root mean squares, then all maxima, each [C, rows, columns] in a row, then [pairs, C].
+    Args:
+        mean: Grid of the means.
+        rms: Grid of the root mean squares.
+        max: Grid of the maxima.
+        pairs: Number of offsets o = 0, 1, ..., at most half the channels (rounded up): of channels c and c + o (the
+            first ones follow the last) the mean product over the whole map; its root, with its sign. At offset 0 that
+            is the root mean square.
+        channels: The axis of a sample's shape that holds the channels: 0 (maps [C, H, W]) or -1 (maps [H, W, C], tokens
+            [N, C]). Tokens are maps of N x 1, a vector [C] is a map of 1 x 1.
+
+    Raises:
+        ValueError: A grid is not a pair of whole numbers, another argument is out of range, or no statistic is wanted.
+
+    Example:
+        >>> Statistics(mean=(2, 2), max=(1, 1)).size((64, 8, 8))
+        320
     """
 
     mean: Grid = (0, 0)
@@ -81,11 +123,22 @@ class Statistics:
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
-        """Everything in a row, as the compiled module and the operators of torch take it."""
+        """All fields in a row, as the compiled module and the operators of torch take them."""
         return (*self.mean, *self.rms, *self.max, self.pairs, int(self.channels))
 
+    @classmethod
+    def of_numbers(cls, n: Sequence[int]) -> Statistics:
+        return cls((n[0], n[1]), (n[2], n[3]), (n[4], n[5]), n[6], n[7])
+
     def map_of(self, feature_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Channels, rows and columns of a sample's map; an error if it has fewer rows or columns than a grid."""
+        """Channels, rows and columns of the map of a sample.
+
+        Args:
+            feature_shape: Shape of one sample, without the batch.
+
+        Raises:
+            ValueError: The sample has no map, or one with fewer rows or columns than a grid, or too few channels.
+        """
         shape = tuple(feature_shape)
         if len(shape) not in (1, 2, 3):
             raise ValueError(
@@ -108,14 +161,17 @@ class Statistics:
         return channels, rows, columns
 
     def size(self, feature_shape: Sequence[int]) -> int:
-        """How many numbers a sample of this shape is turned into."""
+        """The number of statistics of a sample of this shape."""
         cells = sum(math.prod(grid) for grid in (self.mean, self.rms, self.max))
         return self.map_of(feature_shape)[0] * (cells + self.pairs)
 
     def flops(self, feature_shape: Sequence[int]) -> int:
-        """Operations per sample: for every number of the map 1 for means (n - 1 additions and a multiplication for n
-        numbers), 2 for root mean squares (a square more; roots are left out), 1 for maxima (comparisons), 2 for every
-        offset of pairs (a product and a sum)."""
+        """Operations per sample.
+
+        For every number of the map 1 for means (n - 1 additions and a multiplication for n numbers), 2 for root mean
+        squares (one square more; roots are left out), 1 for maxima (comparisons), 2 for every offset of pairs (a
+        product and a sum).
+        """
         each = bool(self.mean[0]) + 2 * bool(self.rms[0]) + bool(self.max[0]) + 2 * self.pairs
         return each * math.prod(self.map_of(feature_shape))
 

@@ -1,42 +1,155 @@
-"""What the ops demand of their arguments. Every error names the argument, what came, and what is wanted."""
+"""Validation of the arguments of the ops, each call to one normalised form that every backend takes.
+
+Every error names the argument, what came, and what is wanted. Values that can be brought into the form that the kernels
+read (dtype, memory order) are converted.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .calls import (
+    FEATURE_DTYPES,
+    HEAD_NAMES,
+    RULES,
+    Batch,
+    CompactCall,
+    DecideCall,
+    Departure,
+    HeadCall,
+    HeadInput,
+    HeadParams,
+    MaskedCall,
+    StepCall,
+)
+from .calls import channels_last_format as channels_last_format
 from .types import Decisions, Statistics
 
-FEATURE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-RULES = {"confidence": 0, "entropy": 1}
-# Looked up once: an attribute of a module costs as much as one of these validation.
+# Looked up once: an attribute of a module costs as much as one of these checks.
 _STRIDED, _FLOAT32, _INT64 = torch.strided, torch.float32, torch.int64
-
-
 _is_compiling = torch.compiler.is_compiling
 _active_modes = torch._C._len_torch_dispatch_stack
 _jit_tracing = torch._C._get_tracing_state
 
 
 def is_tracing() -> bool:
-    """Is torch looking on: a compiler, a dispatch mode, torch.jit.trace? They see operators alone."""
+    """Is there a compiler, a dispatch mode or torch.jit.trace at work? They see nothing but operators of torch."""
     return bool(_is_compiling() or _active_modes() or _jit_tracing())
 
 
-class Batch(NamedTuple):
-    """A batch as the kernels see it: rows of `dim` numbers, dense inside, `stride` numbers apart."""
+# ---- from the arguments of an op to its call ------------------------------------------------------------------------
 
-    tensor: Tensor
-    dtype: int  # a code of FEATURE_DTYPES, -1 for any other
-    rows: int
-    dim: int
-    stride: int
-    channels_last: bool
+
+def resolve_input(name: str, x: Tensor, statistics: Statistics | None) -> HeadInput:
+    """What of x is read: `statistics`, which is the argument `name` of the op, or the features themselves."""
+    f = features("x", x)
+    if statistics is None:
+        return HeadInput(x, f, f, None, None, tuple(f.tensor.shape[1:]), f.dim)
+    if not isinstance(statistics, Statistics):
+        raise TypeError(f"`{name}` is a {_kind(statistics)}; wanted e2cm_ext.Statistics")
+    shape = f.tensor.shape[1:]
+    size = statistics.size(shape)
+    last = statistics.channels == -1
+    read = features("x", f.tensor.contiguous()) if last and f.channels_last else f  # their channels lie elsewhere
+    numbers = (*statistics.map_of(shape), int(last or f.channels_last), *statistics.numbers[:7])
+    return HeadInput(x, f, read, statistics, numbers, (size,), size)
+
+
+def resolve_head(input: HeadInput, head: HeadParams, scored: bool = True) -> HeadParams:
+    """The parameters as the kernels read them. Without `scored`, distances alone are wanted, and no scales."""
+    vectors_name, per_class_name = HEAD_NAMES[head.kind]
+    vectors = class_vectors(vectors_name, input, head.vectors)
+    per_class = number_per_class(per_class_name, head.per_class, vectors.shape[0], input.x) if scored else None
+    center = center_of_means(input, head.center)
+    # What was packed is of no use if the vectors had to be brought into another order.
+    packed = None if head.packed is None or vectors.data_ptr() != head.vectors.data_ptr() else head.packed
+    return HeadParams(head.kind, vectors, per_class, center, packed)
+
+
+def resolve_departure(
+    threshold: object, ids: Tensor, out: Decisions, rule: str, exit: object, rows: int, classes: int, like: Tensor
+) -> Departure:
+    limit, rule, number = threshold_value(threshold), rule_name(rule), exit_number(exit)
+    return Departure(limit, sample_ids(ids, rows, like), decisions(out, classes, like), rule, number)
+
+
+def resolve_scores(x: Tensor, head: HeadParams, statistics: Statistics | None) -> HeadCall:
+    input = resolve_input("statistics", x, statistics)
+    return HeadCall(x, input, resolve_head(input, head))
+
+
+def resolve_step(
+    x: Tensor,
+    head: HeadParams,
+    statistics: Statistics | None,
+    threshold: object,
+    ids: Tensor,
+    out: Decisions,
+    rule: str,
+    exit: object,
+) -> StepCall:
+    _, input, head = resolve_scores(x, head, statistics)
+    departure = resolve_departure(threshold, ids, out, rule, exit, input.batch.rows, head.classes, x)
+    return StepCall(x, input, head, departure)
+
+
+def resolve_distances(x: Tensor, head: HeadParams) -> HeadCall:
+    input = resolve_input("statistics", x, None)
+    return HeadCall(x, input, resolve_head(input, head, scored=False))
+
+
+def resolve_decide(
+    x: Tensor,
+    scores: Tensor,
+    threshold: object,
+    ids: Tensor,
+    out: Decisions,
+    scale: Tensor | None,
+    rule: str,
+    exit: object,
+) -> DecideCall:
+    f = batch("x", x)
+    s = features("scores", scores)
+    if scores.dim() != 2 or s.rows != f.rows or s.dim < 1:
+        raise ValueError(f"`scores` has shape {list(scores.shape)}; wanted [{f.rows}, classes], one row per sample")
+    same_device("scores", scores, x)
+    if scale is not None:
+        scale = number_per_class("scale", scale, s.dim, x)
+    return DecideCall(x, f, s, scale, resolve_departure(threshold, ids, out, rule, exit, f.rows, s.dim, x))
+
+
+def resolve_decide_masked(
+    scores: Tensor,
+    threshold: object,
+    pending: Tensor,
+    ids: Tensor,
+    out: Decisions,
+    scale: Tensor | None,
+    rule: str,
+    exit: object,
+) -> MaskedCall:
+    s = features("scores", scores)
+    if scores.dim() != 2 or s.dim < 1:
+        raise ValueError(f"`scores` has shape {list(scores.shape)}; wanted [batch, classes]")
+    if keep_mask(pending, s.rows, scores, "pending") is not pending:
+        raise ValueError("`pending` is not contiguous; it is written in place")
+    if scale is not None:
+        scale = number_per_class("scale", scale, s.dim, scores)
+    departure = resolve_departure(threshold, ids, out, rule, exit, s.rows, s.dim, scores)
+    return MaskedCall(scores, s, scale, departure, pending)
+
+
+def resolve_compact(x: Tensor, keep: Tensor) -> CompactCall:
+    f = batch("x", x)
+    return CompactCall(x, f, keep_mask(keep, f.rows, x))
+
+
+# ---- single arguments -----------------------------------------------------------------------------------------------
 
 
 def batch(name: str, x: Tensor) -> Batch:
@@ -70,7 +183,7 @@ def _dense(x: Tensor, innermost_first: Iterable[int]) -> bool:
     return True
 
 
-def strided(name: str, value: Tensor, wanted: str) -> Tensor:
+def strided(name: str, value: Tensor | None, wanted: str) -> Tensor:
     """A tensor that is memory with strides, and not a lazy negative or conjugate of it."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` is a {type(value).__name__}; wanted {wanted}")
@@ -88,86 +201,54 @@ def features(name: str, x: Tensor) -> Batch:
     return found
 
 
-def channels_last_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-
-
-class HeadInput(NamedTuple):
-    """What a head looks at: features themselves, or their statistics."""
-
-    batch: Batch  # x
-    features: Batch  # x again, in the order in which it is read
-    numbers: tuple[int, ...] | None  # map and grids, as the compiled module takes them
-    shape: tuple[int, ...]  # of one sample of it
-    dim: int
-
-    @property
-    def what(self) -> str:
-        return "`x`" if self.numbers is None else "the statistics"
-
-
-def resolve_input(name: str, x: Tensor, statistics: Statistics | None) -> HeadInput:
-    """x, and what of it is looked at: `statistics`, which is the argument `name` of whom the user has called."""
-    f = features("x", x)
-    if statistics is None:
-        return HeadInput(f, f, None, tuple(f.tensor.shape[1:]), f.dim)
-    if not isinstance(statistics, Statistics):
-        raise TypeError(f"`{name}` is a {_kind(statistics)}; wanted e2cm_ext.Statistics")
-    shape = f.tensor.shape[1:]
-    size = statistics.size(shape)
-    last = statistics.channels == -1
-    read = features("x", f.tensor.contiguous()) if last and f.channels_last else f  # their channels lie elsewhere
-    channels_last = int(last or f.channels_last)
-    return HeadInput(f, read, (*statistics.map_of(shape), channels_last, *statistics.numbers[:7]), (size,), size)
-
-
-def in_order_of(x: HeadInput, rows: Tensor) -> Tensor:
-    """rows [N, ...] in the memory order of what is looked at: free if they are stored that way, a copy if not."""
-    if x.numbers is not None or not x.features.channels_last:
+def in_order_of(input: HeadInput, rows: Tensor) -> Tensor:
+    """rows [N, ...] in the memory order of what is read: free if they are stored that way, a copy if not."""
+    if input.numbers is not None or not input.features.channels_last:
         return rows if rows.is_contiguous() else rows.contiguous()
-    return rows.reshape(-1, *x.shape).contiguous(memory_format=channels_last_format(x.features.tensor))
+    last = channels_last_format(input.features.tensor)
+    return rows.reshape(-1, *input.shape).contiguous(memory_format=last)
 
 
-def class_vectors(name: str, x: HeadInput, rows: Tensor) -> tuple[Tensor, int, int]:
-    """A vector per class in the memory order of what is looked at, their dtype's code, their number."""
+def class_vectors(name: str, input: HeadInput, rows: Tensor) -> Tensor:
+    """A vector per class in the memory order of what is read."""
     rows = strided(name, rows, "a tensor [classes, ...]")
-    code = FEATURE_DTYPES.get(rows.dtype, -1)
-    if code < 0:
+    if rows.dtype not in FEATURE_DTYPES:
         raise TypeError(f"`{name}` is {rows.dtype}; wanted float32, bfloat16 or float16: call .float()")
-    same_device(name, rows, x.features.tensor)
+    same_device(name, rows, input.features.tensor)
     shape = rows.shape
-    if len(shape) < 2 or shape[0] < 1 or (shape[1:] != x.shape and shape[1:] != (x.dim,)):
+    if len(shape) < 2 or shape[0] < 1 or (shape[1:] != input.shape and shape[1:] != (input.dim,)):
         raise ValueError(
             f"`{name}` has shape {list(shape)}; wanted [classes, ...] with classes >= 1 and, behind it, the shape of "
-            f"one sample of {x.what}, {list(x.shape)}, or its {x.dim} features in a row"
+            f"one sample of {input.what}, {list(input.shape)}, or its {input.dim} features in a row"
         )
-    return in_order_of(x, rows), code, shape[0]
+    return in_order_of(input, rows)
 
 
-def center(x: HeadInput, center: Tensor | None) -> Tensor | None:
-    """The center as float32 in the memory order of what is looked at."""
+def center_of_means(input: HeadInput, center: Tensor | None) -> Tensor | None:
+    """The center as float32 in the memory order of what is read."""
     if center is None:
         return None
     center = strided("center", center, "a float32 tensor [features] or None")
     if not center.is_floating_point():
         raise TypeError(f"`center` is a {_kind(center)}; wanted a float32 tensor [features] or None")
-    same_device("center", center, x.features.tensor)
+    same_device("center", center, input.features.tensor)
     shape = center.shape
-    if shape != (x.dim,) and shape != x.shape:
+    if shape != (input.dim,) and shape != input.shape:
         raise ValueError(
-            f"`center` has shape {list(shape)}; wanted that of one sample of {x.what}, {list(x.shape)}, or [{x.dim}]"
+            f"`center` has shape {list(shape)}; wanted that of one sample of {input.what}, {list(input.shape)}, or "
+            f"[{input.dim}]"
         )
-    return in_order_of(x, center.float()[None])
+    return in_order_of(input, center.float()[None])
 
 
-def per_class(name: str, scale: Tensor, classes: int, like: Tensor) -> Tensor:
-    scale = strided(name, scale, f"a float32 tensor [{classes}]")
-    if not scale.is_floating_point():
-        raise TypeError(f"`{name}` is a {_kind(scale)}; wanted a float32 tensor [{classes}]")
-    same_device(name, scale, like)
-    if scale.shape != (classes,):
-        raise ValueError(f"`{name}` has shape {list(scale.shape)}; wanted [{classes}], one number per class")
-    return scale if scale.dtype is _FLOAT32 and scale.is_contiguous() else scale.float().contiguous()
+def number_per_class(name: str, numbers: Tensor | None, classes: int, like: Tensor) -> Tensor:
+    numbers = strided(name, numbers, f"a float32 tensor [{classes}]")
+    if not numbers.is_floating_point():
+        raise TypeError(f"`{name}` is a {_kind(numbers)}; wanted a float32 tensor [{classes}]")
+    same_device(name, numbers, like)
+    if numbers.shape != (classes,):
+        raise ValueError(f"`{name}` has shape {list(numbers.shape)}; wanted [{classes}], one number per class")
+    return numbers if numbers.dtype is _FLOAT32 and numbers.is_contiguous() else numbers.float().contiguous()
 
 
 def is_number(value: object) -> bool:
@@ -176,7 +257,7 @@ def is_number(value: object) -> bool:
 
 
 def threshold_value(threshold: object) -> float:
-    if type(threshold) is float and threshold == threshold:  # the usual case
+    if type(threshold) is float and threshold == threshold:  # the common case, not NaN
         return threshold
     if isinstance(threshold, Tensor) and threshold.numel() != 1:
         raise ValueError(f"`threshold` has shape {list(threshold.shape)}; wanted one number for this exit")
@@ -191,11 +272,10 @@ def threshold_value(threshold: object) -> float:
     return value
 
 
-def rule_code(rule: str) -> int:
-    code = RULES.get(rule)
-    if code is None:
+def rule_name(rule: str) -> str:
+    if rule not in RULES:
         raise ValueError(f"`rule` is {rule!r}; wanted one of {', '.join(map(repr, RULES))}")
-    return code
+    return rule
 
 
 def exit_number(exit: object) -> int:
@@ -219,8 +299,8 @@ def sample_ids(ids: Tensor, rows: int, like: Tensor) -> Tensor:
     return ids if ids.is_contiguous() else ids.contiguous()
 
 
-def decisions(out: Decisions, classes: int, like: Tensor) -> int:
-    """Checks the tensors that answers are written into; returns the number of their rows."""
+def decisions(out: Decisions, classes: int, like: Tensor) -> Decisions:
+    """The tensors that answers are written into."""
     try:
         prediction, confidence, exit, log_probs = out
     except (TypeError, ValueError):
@@ -230,7 +310,7 @@ def decisions(out: Decisions, classes: int, like: Tensor) -> int:
     _room("exit", exit, _INT64, shape, like)
     if log_probs is not None:
         _room("log_probs", log_probs, _FLOAT32, (shape[0], classes), like)
-    return shape[0]
+    return Decisions(prediction, confidence, exit, log_probs)
 
 
 def _room(
