@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from support.small import digits, example_of, trained
+from support.networks import digits, example_of, trained
 from torch import nn
 
 import e2cm_ext as e2cm
