@@ -1,1 +1,1 @@
-"""Networks with early exits in other people's engines. Each file needs the engine it is named after."""
+"""Networks with early exits in serving and batch engines. Each module needs the engine that it is named after."""

@@ -1,5 +1,16 @@
-"""One page that shows what a network with exits does: curves, times, exits, mistakes."""
+"""Reports: one HTML page on what a network with early exits does."""
 
-from .view import Compared, Halves, environment, first_images, measured, refuse_no_matplotlib, write
+from .measurement import SplitCurve, environment, first_images, measure_times
+from .template import check_matplotlib
+from .view import ComparisonRow
+from .writer import write
 
-__all__ = ["Compared", "Halves", "environment", "first_images", "measured", "refuse_no_matplotlib", "write"]
+__all__ = [
+    "ComparisonRow",
+    "SplitCurve",
+    "check_matplotlib",
+    "environment",
+    "first_images",
+    "measure_times",
+    "write",
+]

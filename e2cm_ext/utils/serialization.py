@@ -28,6 +28,8 @@ __all__ = ["FORMAT", "atomic_write", "bytes_of", "read", "write"]
 
 # Of the contents of files; to be raised by a change that an old reader would misunderstand.
 # 1: what is "mean_shrinkage" in the configuration of WhitenedMeans was called "pull".
+# The heads "voting" and "product" were "consulting" and "blended"; the heads and combinations of some methods had other
+# names of parameters and settings.
 FORMAT = 2
 _PREFIX = b'{"__metadata__":{"e2cm_ext":"'
 _ZERO_CHECKSUM = "0" * 64

@@ -1,4 +1,4 @@
-"""The command line, in this process, and a few times as people run it: its answers, its errors, its exit codes."""
+"""The command line, mostly in this process and a few times as a program: its output, its errors, its exit codes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def run(*arguments, **rest):
     return CliRunner().invoke(main, [str(word) for word in arguments], **rest)
 
 
-def answer(*arguments):
+def json_of(*arguments):
     found = run(*arguments, "--json")
     assert found.exit_code == 0, found.stderr
     assert found.stderr == ""
@@ -106,10 +106,10 @@ def start(*arguments):
     return start_python("-c", "from e2cm_ext.cli import main; main()", *arguments)
 
 
-# ---- what it answers ------------------------------------------------------------------------------------------------
+# ---- output ---------------------------------------------------------------------------------------------------------
 
 
-def test_fit_writes_what_the_package_would_have_fitted(folder):
+def test_fit_writes_the_same_as_the_python_interface(folder):
     model, _ = model_loader.load(f"{folder}/net.py:trained")
     train = e2cm.data.load(folder / "digits.npz", normalise=None)
     fitted_on, held_out = e2cm.data.split(train, [0.9, 0.1])
@@ -123,7 +123,7 @@ def test_fit_writes_what_the_package_would_have_fitted(folder):
     assert torch.equal(there.thresholds, ee.thresholds)
 
 
-def test_fit_says_what_comes_next(folder, tmp_path):
+def test_fit_prints_the_next_command(folder, tmp_path):
     found = run("fit", tmp_path / "a.e2cm", *what(folder), "--flops", "0.7")
     (line,) = [line for line in found.stdout.splitlines() if line.startswith("next: ")]
     again = run(*line.removeprefix("next: e2cm ").split(), "-q")
@@ -132,8 +132,8 @@ def test_fit_says_what_comes_next(folder, tmp_path):
     assert "e2cm calibrate" in found.stdout
 
 
-def test_evaluate_agrees_with_the_package(folder):
-    found = answer("evaluate", folder / "net.e2cm", *what(folder), "--part", "100:")
+def test_evaluate_agrees_with_the_python_interface(folder):
+    found = json_of("evaluate", folder / "net.e2cm", *what(folder), "--part", "100:")
     model, _ = model_loader.load(f"{folder}/net.py:trained")
     ee = e2cm.EarlyExit.load(folder / "net.e2cm", model)
     test = e2cm.data.load(folder / "digits.npz", split="test", normalise=None, part=slice(100, None))
@@ -162,10 +162,10 @@ def test_evaluate_prints_a_table(folder):
 def test_calibrate_for_every_budget(folder, tmp_path, budget, holds):
     out = tmp_path / "other.e2cm"
     before = (folder / "net.e2cm").read_bytes()
-    found = answer("calibrate", folder / "net.e2cm", *what(folder), *budget, "-o", out)
+    found = json_of("calibrate", folder / "net.e2cm", *what(folder), *budget, "-o", out)
     assert holds(found["point"], found["network_accuracy"]), found
     assert (folder / "net.e2cm").read_bytes() == before
-    limits = answer("info", out)
+    limits = json_of("info", out)
     assert limits["kind"] == "EarlyExit"
     loaded = e2cm.EarlyExit.load(out, model_loader.load(f"{folder}/net.py:trained")[0])
     assert [{inf: "never", -inf: "always"}.get(v, v) for v in loaded.thresholds.tolist()] == found["point"][
@@ -174,18 +174,18 @@ def test_calibrate_for_every_budget(folder, tmp_path, budget, holds):
 
 
 def test_fit_on_one_split_and_calibrate_on_another(folder, tmp_path):
-    found = answer(
+    found = json_of(
         "fit", tmp_path / "a.e2cm", *what(folder), "--flops", 0.7, "--held-out-split", "test", "--held-out-part", ":150"
     )  # fmt: skip
     assert (found["fitted_on"], found["held_out"]) == (600, 150)
-    found = answer("fit", tmp_path / "a.e2cm", *what(folder), "--select", 1, "--exits", "0,1", "--head", "class_means")
+    found = json_of("fit", tmp_path / "a.e2cm", *what(folder), "--select", 1, "--exits", "0,1", "--head", "class_means")
     assert (found["fitted_on"], found["held_out"], len(found["exits"])) == (540, 60, 1)
     assert found["exits"][0]["head"] == "class_means" and found["point"] is None
 
 
 def test_curve_gives_points_and_a_picture(folder, tmp_path):
     picture = tmp_path / "curve.svg"
-    found = answer("curve", folder / "net.e2cm", *what(folder), "--method", "paper", "--picture", picture)
+    found = json_of("curve", folder / "net.e2cm", *what(folder), "--method", "paper", "--picture", picture)
     assert found["samples"] == 200  # the other half found the thresholds
     assert all(0 < point["flops"] < 2 and 0 <= point["accuracy"] <= 1 for point in found["points"])
     assert picture.read_text().count("<svg") == 1
@@ -194,10 +194,10 @@ def test_curve_gives_points_and_a_picture(folder, tmp_path):
 
 
 def test_profile_and_bench(folder, tmp_path):
-    found = answer("profile", folder / "net.e2cm", *what(folder), "-b", 4, "--repeats", 1, "--save", tmp_path / "p")
+    found = json_of("profile", folder / "net.e2cm", *what(folder), "-b", 4, "--repeats", 1, "--save", tmp_path / "p")
     assert found["sizes"] == [1, 2, 4]
     assert e2cm.Profile.load(tmp_path / "p").stages.tolist() == found["stages_seconds"]
-    found = answer("bench", folder / "net.e2cm", *what(folder), "-b", 16, "--rounds", 2, "--batches", 2)
+    found = json_of("bench", folder / "net.e2cm", *what(folder), "-b", 16, "--rounds", 2, "--batches", 2)
     assert set(found["ways"]) == {"network", "predict", "predict_stream"}
     assert found["ways"]["network"]["time"]["median"] == 1 and found["images"] == 32
     for command in ("profile", "bench"):
@@ -205,13 +205,13 @@ def test_profile_and_bench(folder, tmp_path):
 
 
 def test_info_shows_the_build_and_a_file(folder):
-    assert answer("info")["build"]["version"] == e2cm.__version__
+    assert json_of("info")["build"]["version"] == e2cm.__version__
     found = run("info", folder / "net.e2cm")
     assert "threshold" in found.stdout and "whitened_means" in found.stdout
-    assert answer("info", folder / "net.e2cm")["about"]["exits"] == ["0", "1", "2"]
+    assert json_of("info", folder / "net.e2cm")["about"]["exits"] == ["0", "1", "2"]
 
 
-def test_what_stands_in_the_environment_need_not_be_said(folder):
+def test_options_from_the_environment(folder):
     there = {
         "E2CM_NETWORK": f"{folder}/net.py:trained",
         "E2CM_DATA": str(folder / "digits.npz"),
@@ -221,7 +221,7 @@ def test_what_stands_in_the_environment_need_not_be_said(folder):
 
 
 @pytest.mark.parametrize("command", ["", *sorted(main.commands)])
-def test_help_teaches(command):
+def test_help_has_an_example(command):
     found = run(*command.split(), "--help")
     assert found.exit_code == 0 and "e2cm " in found.stdout
     assert max(map(len, found.stdout.splitlines())) <= 100
@@ -229,7 +229,7 @@ def test_help_teaches(command):
     assert example
 
 
-def test_the_names_of_commands_and_networks_are_completed(folder):
+def test_commands_options_and_networks_are_completed(folder):
     def completed(words):
         count = len(words.split()) - (0 if words.endswith(" ") else 1)
         there = {"_E2CM_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(count)}
@@ -243,7 +243,7 @@ def test_the_names_of_commands_and_networks_are_completed(folder):
     assert "whitened_means" in completed("e2cm fit x --head ")
 
 
-# ---- what it says when something is wrong ---------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -257,16 +257,16 @@ def test_the_names_of_commands_and_networks_are_completed(folder):
         (["fit", "/tmp"], "is a directory"),
         (["evaluate", "/nowhere/x.e2cm"], "does not exist"),
         (["demo", "--flops", "0"], "0"),
-        (["evaluate", "FILE", "WHAT", "--part", "7"], "'7' is no range of samples"),
+        (["evaluate", "FILE", "WHAT", "--part", "7"], "'7' is not a range of samples"),
         (["evaluate", "FILE", "WHAT", "--normalise", "imagnet"], "'imagnet' is none of: none, imagenet"),
         (["evaluate", "FILE", "WHAT", "-b", "0"], "-b"),
         (["calibrate", "FILE", "WHAT"], "no budget is given"),
         (["calibrate", "FILE", "WHAT", "--flops", "0.5", "--latency", "0.5"], "--flops and --latency are given"),
-        (["calibrate", "FILE", "WHAT", "--flops", "0.5", "--of", "agreement"], "--of says what a --risk is of"),
+        (["calibrate", "FILE", "WHAT", "--flops", "0.5", "--of", "agreement"], "--of says what --risk bounds"),
         (["fit", "x.e2cm", "WHAT", "--held-out-part", ":5"], "--held-out-split"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_code_2(folder, words, said):
+def test_a_usage_error_is_one_line_and_code_2(folder, words, said):
     words = [w for word in words for w in ({"FILE": [folder / "net.e2cm"], "WHAT": what(folder)}.get(word, [word]))]
     assert said in error(2, *words)
 
@@ -288,7 +288,7 @@ def replaced(words, option, value):
         ("-n", "HERE/net.py:fails", "no GPU today second line"),
         ("-n", "HERE/net.py:make(4)", "belongs to another network"),
         ("-n", "no.such.module:make", "there is no module 'no.such.module'"),
-        ("-n", "no_such_network", "'no_such_network' is no network; wanted torchvision/NAME"),
+        ("-n", "no_such_network", "'no_such_network' is not a network; wanted torchvision/NAME"),
         ("-d", "HERE/nothing.npz", "HERE/nothing.npz: No such file"),
         ("-d", "no/thing", "is neither a folder nor a .npz file"),
         ("-d", "HERE/net.pt", "is neither a folder nor a .npz file"),
@@ -297,13 +297,13 @@ def replaced(words, option, value):
         ("--normalise", ".5,.5/.5,.5", "`normalise` has 2 means"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_code_1(folder, option, value, said):
+def test_a_failure_is_one_line_and_code_1(folder, option, value, said):
     (folder / "torn.npz").write_bytes((folder / "digits.npz").read_bytes()[:3000])
     words = replaced(what(folder), option, value.replace("HERE", str(folder)))
     assert said.replace("HERE", str(folder)) in error(1, "evaluate", folder / "net.e2cm", *words)
 
 
-def test_files_that_are_not_ours(folder, tmp_path):
+def test_damaged_and_foreign_files(folder, tmp_path):
     ours = (folder / "net.e2cm").read_bytes()
     for name, content, said in (
         ("torn.e2cm", ours[: len(ours) // 2], "is truncated"),
@@ -338,13 +338,13 @@ def test_a_budget_that_cannot_be_met_changes_nothing(folder):
     assert "accuracy_drop" in error(1, "calibrate", folder / "net.e2cm", *what(folder), "--accuracy-drop", -1)
 
 
-def test_a_device_that_is_not_there(folder):
+def test_a_missing_device(folder):
     assert "--device nonsense" in error(1, "evaluate", folder / "net.e2cm", *what(folder), "--device", "nonsense")
     if not torch.backends.cuda.is_built():
         assert "--device cuda: " in error(1, "evaluate", folder / "net.e2cm", *what(folder), "--device", "cuda")
 
 
-def test_debug_shows_where(folder):
+def test_debug_shows_the_traceback(folder):
     found = run("evaluate", folder / "net.e2cm", *what(folder, "fails"), "--debug")
     assert found.exit_code == 1
     assert "Traceback" in found.stderr and 'raise RuntimeError("no GPU today' in found.stderr
@@ -367,7 +367,7 @@ def test_warnings_are_lines_too(folder, tmp_path):
     assert found.stderr.startswith("e2cm: warning: ") and found.stderr.count("\n") == 1
 
 
-# ---- as it is run ---------------------------------------------------------------------------------------------------
+# ---- as a program ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -404,7 +404,7 @@ def test_interrupted_nothing_is_written(folder, tmp_path):
     old = (folder / "net.e2cm").read_bytes()
     (tmp_path / "old.e2cm").write_bytes(old)
     words = replaced(what(folder), "-n", folder / "slow.py:make")
-    program = start("fit", tmp_path / "old.e2cm", *words, "--flops", 0.5)
+    program = start("fit", tmp_path / "old.e2cm", *words, "--flops", 0.5, cwd=folder)  # slow.py imports net.py
     deadline = time.monotonic() + 600
     while not (folder / "started").exists():
         assert program.poll() is None and time.monotonic() < deadline, program.communicate()
@@ -417,7 +417,7 @@ def test_interrupted_nothing_is_written(folder, tmp_path):
 
 
 @pytest.mark.subprocess
-def test_it_is_a_module_to_run_too():
+def test_it_runs_as_a_module():
     ran = run_python("-m", "e2cm_ext", "--help")
     assert ran.stdout.startswith("Usage: e2cm "), ran.stderr
 

@@ -1,4 +1,4 @@
-"""The demo, as small as it goes: all of it runs, and its parts have no digit in common."""
+"""The demo with its smallest network: it runs, and its parts have no digit in common."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def test_the_small_demo_runs(tmp_path):
 
 def test_parts_have_no_digit_in_common(monkeypatch):
     monkeypatch.setattr(demo, "_NOISE", 0.0)
-    parts = demo.digits()
+    parts = demo.load_parts()
     found = []
     for part in parts:
         images = torch.cat([images for images, _ in part])
-        # A digit is known by its pixels, wherever it lies.
+        # A digit is identified by its pixels, wherever it is placed.
         found.append({tuple(sorted(image.flatten().mul(16).round().int().tolist())[-64:]) for image in images})
     assert [len(part.dataset) for part in parts] == [2000, 700, 894]
     shared = [len(a & b) for a, b in ((found[0], found[1]), (found[0], found[2]), (found[1], found[2]))]
     assert max(shared) <= 3  # some digits are alike but for the order of their pixels
 
 
-def test_digits_lie_where_they_are_drawn():
-    canvas = demo.somewhere(torch.ones(500, 1, 8, 8), torch.Generator().manual_seed(0)) > 0.5
+def test_digits_are_placed_everywhere():
+    canvas = demo.place_randomly(torch.ones(500, 1, 8, 8), torch.Generator().manual_seed(0)) > 0.5
     rows, columns = canvas.any(3).float().argmax(2).flatten(), canvas.any(2).float().argmax(2).flatten()
     assert canvas.shape == (500, 1, 12, 12)
     assert set(rows.tolist()) == set(columns.tolist()) == {0, 1, 2, 3, 4}

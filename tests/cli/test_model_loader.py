@@ -1,4 +1,4 @@
-"""Networks by name, of torchvision and timm, and weights in all the wrappings that they come in."""
+"""Networks by name, from torchvision and timm, and weights from all kinds of checkpoints."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ pytestmark = pytest.mark.vision
 
 
 def test_of_torchvision_and_of_timm():
-    model, prepared = model_loader.load("torchvision/resnet18", "random", 3)
+    model, preprocessing = model_loader.load("torchvision/resnet18", "random", 3)
     assert isinstance(model, torchvision.models.ResNet) and model.fc.out_features == 3
-    assert not model.training and prepared is None
+    assert not model.training and preprocessing is None
     model, _ = model_loader.load("timm/resnet18", "random", 3)
     assert isinstance(model, timm.models.ResNet) and model.fc.out_features == 3
     assert model_loader.load("mnasnet0_5", "random")[0](torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
 
 
-def test_a_name_that_says_too_little_or_nothing():
+def test_a_name_that_is_ambiguous_or_unknown():
     with pytest.raises(ValueError, match="is in torchvision and in timm; say which"):
         model_loader.load("resnet50", "random")
     with pytest.raises(ValueError, match="torchvision has no network 'resnet5'; there are resnet50"):
@@ -37,15 +37,15 @@ def test_a_name_that_says_too_little_or_nothing():
         model_loader.load("module:function", None, 3)
 
 
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_weights_in_wrappings(tmp_path, monkeypatch, wrapper, prefix):
+def test_weights_in_checkpoints(tmp_path, monkeypatch, key, prefix):
     (tmp_path / "wrapped_net.py").write_text(
         "from torch import nn\n\ndef make(size=2):\n    return nn.Linear(size, 2)\n"
     )
     torch.manual_seed(1)
     state = {prefix + name: value for name, value in nn.Linear(2, 2).state_dict().items()}
-    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "w.pt")
+    torch.save({key: state, "epoch": 3} if key else state, tmp_path / "w.pt")
     monkeypatch.chdir(tmp_path)
     for name in ("wrapped_net.py:make", "wrapped_net:make", "wrapped_net.py:make(size=2)", "wrapped_net:nn.Identity"):
         if "Identity" in name:
@@ -58,7 +58,7 @@ def test_weights_in_wrappings(tmp_path, monkeypatch, wrapper, prefix):
         model_loader.load("wrapped_net.py:make(3)", "w.pt")
 
 
-def test_how_images_were_prepared():
+def test_preprocessing_of_pretrained_weights():
     entry = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     assert data.transform_of(entry) is not None
 

@@ -107,11 +107,11 @@ def test_under_load_what_is_valid_is_answered_and_the_rest_refused(server):
     assert clients.get(port, "/health") == (200, "ok")
 
 
-def test_what_an_image_is_can_be_said():
+def test_shape_and_dtype_of_images_can_be_given():
     from e2cm_ext.integrations.litserve import EarlyExitAPI
 
     api = EarlyExitAPI(network, SHAPE, dtype="uint8", prepare=lambda images: images.astype("float32") / 255)
-    assert api.bytes_of_image == 64
+    assert api.image_bytes == 64
     api.setup("cpu")
     image = (255 * np.random.default_rng(0).random(SHAPE)).astype("uint8")
     expected = network().predict(torch.from_numpy(image[None].astype("float32") / 255))

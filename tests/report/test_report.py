@@ -1,4 +1,4 @@
-"""The report: what stands in it is what the network did, whatever the classes are called; and it is sound HTML."""
+"""The report: it is valid HTML, and its figures are those of the record, whatever the classes are called."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from support import networks
 
 import e2cm_ext as e2cm
 from e2cm_ext import report
+from e2cm_ext.report.gallery import build_gallery
+from e2cm_ext.report.view import PageView
 from e2cm_ext.utils import timing
 
 NASTY = ['<script>alert("1")</script>', "a & b", "\"quoted\" 'twice'", "ünï", "<b>", "5", "6", "7", "8", "{{ 9 }}"]
@@ -67,7 +69,7 @@ def made(tmp_path_factory):
     return path.read_text(), ee, returned
 
 
-def test_it_is_sound_html(made):
+def test_it_is_valid_html(made):
     text, _, _ = made
     page = Page(text)
     assert text.startswith("<!DOCTYPE html>") and page.all("html") == [{"lang": "en"}]
@@ -79,12 +81,12 @@ def test_it_is_sound_html(made):
                 assert name in names
 
 
-def test_it_needs_nothing_else(made):
+def test_it_has_no_external_resources(made):
     text, _, _ = made
     assert not re.search(r"https?:|src=\"(?!data:)|@import|url\((?!#)|<link|<script", text)
 
 
-def test_it_can_be_read_without_seeing_it(made):
+def test_images_and_tables_are_described_for_screen_readers(made):
     page = Page(made[0])
     assert page.all("img") and all(image["alt"] for image in page.all("img"))
     drawn = [svg for svg in page.all("svg") if svg.get("class") in ("plot", "small")]
@@ -101,7 +103,7 @@ def luminance(colour):
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_colours_can_be_told_from_their_ground(made, scheme):
+def test_colours_contrast_with_their_background(made, scheme):
     """WCAG 2: 4.5 for text, 3 for lines and bars."""
     found = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", made[0], re.S)]
     colours = found[scheme]
@@ -116,7 +118,7 @@ def test_colours_can_be_told_from_their_ground(made, scheme):
     assert all(contrast(line, "ground") >= 3 for line in ("blue", "orange", "green", "red"))
 
 
-def test_names_are_shown_as_they_are(made):
+def test_names_are_escaped(made):
     text, _, _ = made
     shown = "".join(Page(text).text)
     for name in (*NASTY, "<Title> & more", "data <1>", "e2cm report --title '<x>'"):
@@ -137,19 +139,19 @@ def test_its_figures_are_those_of_the_record(made):
 
 def test_exits_classes_and_mistakes_are_counted(made):
     _, ee, record = made
-    page = report._Page(ee, record, report.Halves(ee, record), ee.profile(networks.images(2), 2, repeats=1), 2, NASTY)
+    view = PageView(ee, record, report.SplitCurve(ee, record), ee.profile(networks.images(2), 2, repeats=1), 2, NASTY)
     replay = record.replay(ee.thresholds)
-    exits = page.exits()
+    exits = view.exits()
     assert [row.leavers for row in exits] == replay.exit.bincount(minlength=record.exits + 1).tolist()
     for j, row in enumerate(exits):
         here = (replay.exit == j).nonzero().flatten().tolist()
         if here:
             assert row.accuracy == pytest.approx(sum(bool(replay.correct[i]) for i in here) / len(here))
     assert sum(row.flops * row.share for row in exits) == pytest.approx(replay.flops)
-    classes = page.by_class()
+    classes = view.class_rows()
     assert sum(row.flops * row.samples for row in classes) / len(record) == pytest.approx(replay.flops)
     assert [row.flops for row in classes] == sorted(row.flops for row in classes)
-    matrix = page.confusion()
+    matrix = view.confusion()
     for truth in range(10):
         for answered in range(10):
             wanted = sum(
@@ -157,21 +159,19 @@ def test_exits_classes_and_mistakes_are_counted(made):
                 for i in range(len(record))
             )
             assert matrix[truth, answered] == wanted
-    for row in page.confused():
-        assert matrix[NASTY.index(row["truth"]), NASTY.index(row["answer"])] == row["count"] >= row["network"]
+    for row in view.mistakes():
+        assert matrix[NASTY.index(row.label), NASTY.index(row.prediction)] == row.samples >= row.network_wrong
 
 
-def test_the_gallery_shows_the_surest_and_the_least_sure():
+def test_the_gallery_shows_the_highest_and_the_lowest_confidences():
     """Every image is a level of grey of its own, and confidence rises with its number."""
     count, costs = 40, e2cm.Costs((1, 1), (0,), ("only",))
     confidence = torch.linspace(0.01, 0.99, count)[:, None].repeat(1, 2)
     prediction, label = torch.zeros(count, 2, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
     record = e2cm.Record(confidence, prediction, label, costs)
-    page = object.__new__(report._Page)
-    page.record, page.replay, page.classes = record, record.replay([0.5]), ["0"]
     levels = torch.linspace(0, 1, count)[:, None, None, None].expand(count, 1, 4, 4)
     loader = [(levels[:15], label[:15]), (levels[15:], label[15:])]
-    left, stayed = page.gallery(loader, lambda images: images)
+    left, stayed = build_gallery(record, record.replay([0.5]), ["0"], loader, lambda images: images)
 
     def numbers(pictures):
         found = []
@@ -183,24 +183,38 @@ def test_the_gallery_shows_the_surest_and_the_least_sure():
         return found
 
     assert (left.name, left.leavers, stayed.name, stayed.leavers) == ("only", 20, "", 20)
-    assert numbers(left.first) == [39, 38, 37, 36, 35, 34] and numbers(left.last) == [25, 24, 23, 22, 21, 20]
-    assert numbers(stayed.first) == [19, 18, 17, 16, 15, 14] and numbers(stayed.last) == [5, 4, 3, 2, 1, 0]
+    assert numbers(left.most_confident) == [39, 38, 37, 36, 35, 34] and numbers(left.least_confident) == [
+        25,
+        24,
+        23,
+        22,
+        21,
+        20,
+    ]
+    assert numbers(stayed.most_confident) == [19, 18, 17, 16, 15, 14] and numbers(stayed.least_confident) == [
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+    ]
 
 
-def test_halves_judge_by_samples_that_did_not_choose(made):
+def test_a_split_curve_is_evaluated_on_samples_that_were_not_searched(made):
     _, ee, record = made
-    halves = report.Halves(ee, record)
-    assert len(halves.judging) == 100
-    point = halves.at(0.8)
-    replay = halves.judging.replay(point.thresholds)
+    split = report.SplitCurve(ee, record)
+    assert len(split.test_record) == 100
+    point = split.best_within(0.8)
+    replay = split.test_record.replay(point.thresholds)
     assert (point.flops, point.accuracy) == (replay.flops, replay.accuracy)
-    assert torch.equal(point.thresholds, halves.found.best_within(0.8).thresholds)
-    assert halves.at(0.0) is None
+    assert torch.equal(point.thresholds, split.search_curve.best_within(0.8).thresholds)
+    assert split.best_within(0.0) is None
     with pytest.raises(ValueError, match="at least 2"):
-        report.Halves(ee, record.part([0]))
+        report.SplitCurve(ee, record.part([0]))
 
 
-def test_times_are_ratios_of_neighbours():
+def test_times_are_ratios_within_a_round():
     now = [0.0]
 
     def way(seconds):
@@ -221,10 +235,10 @@ def test_times_are_ratios_of_neighbours():
 def test_measuring_leaves_the_thresholds_as_they_were(made):
     _, ee, _ = made
     before = ee.thresholds.clone()
-    found = report.measured(ee, networks.images(4), {"all leave": torch.full((4,), -math.inf)}, rounds=2)
+    found = report.measure_times(ee, networks.images(4), {"all leave": torch.full((4,), -math.inf)}, rounds=2)
     assert torch.equal(ee.thresholds, before) and found["all leave"].median > 0
     with pytest.raises(ValueError, match="shape"):
-        report.measured(ee, networks.images(4), {"wrong": torch.zeros(3)}, rounds=1)
+        report.measure_times(ee, networks.images(4), {"wrong": torch.zeros(3)}, rounds=1)
     assert torch.equal(ee.thresholds, before)
 
 
