@@ -102,8 +102,8 @@ def error(code, *arguments, **rest):
     return found.stderr
 
 
-def start(*arguments):
-    return start_python("-c", "from e2cm_ext.cli import main; main()", *arguments)
+def start(*arguments, **options):
+    return start_python("-c", "from e2cm_ext.cli import main; main()", *arguments, **options)
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------

@@ -442,7 +442,7 @@ def test_means_follow_the_order_of_the_features(last):
     assert ops.validation.features("x", x).channels_last == last
     look = ops.validation.resolve_input("statistics", x, None)
     assert ops.validation.class_vectors("means", look, head.means)[0].data_ptr() == head.means.data_ptr()
-    assert ops.validation.center(look, head.center).data_ptr() == head.center.data_ptr()
+    assert ops.validation.center_of_means(look, head.center).data_ptr() == head.center.data_ptr()
 
 
 def test_to_memory_format_converts_means_as_it_does_weights():

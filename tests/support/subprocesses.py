@@ -12,6 +12,7 @@ import e2cm_ext
 
 TESTS = Path(__file__).parents[1]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+_empty = tempfile.TemporaryDirectory(prefix="e2cm-tests-")  # Python imports from where it is started
 LIMIT = 300  # seconds that a process may take, on a busy machine
 
 
@@ -27,7 +28,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def start_python(*arguments: object, env: dict[str, str] | None = None, **options: object) -> subprocess.Popen:
-    """Starts Python, by default in a folder that holds no sources, with pipes for its output."""
+    """Starts Python, by default in an empty folder, with pipes for its output."""
     options = {
         "cwd": tempfile.gettempdir(),
         "stdout": subprocess.PIPE,
