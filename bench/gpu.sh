@@ -58,7 +58,8 @@ if [ "$dry" = 1 ]; then
 else
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
   export HYPOTHESIS_PROFILE=brief
-  tests=("$python" -m pytest -q --maxfail=25 -m cuda -p no:cacheprovider tests/ops/test_cuda.py)
+  tests=("$python" -m pytest -q --maxfail=25 -m cuda -p no:cacheprovider tests/ops/test_cuda.py tests/ops/test_ops.py
+    tests/ops/test_statistics.py)
   step machine 30 bash -c 'nvidia-smi; nvcc --version; nproc; '"$python"' -c "import torch; print(torch.__version__)"'
   # The architecture at hand alone: the others are built where there is more time.
   arch=$("$python" -c 'import torch; print("".join(map(str, torch.cuda.get_device_capability())))' 2>/dev/null || echo 90)

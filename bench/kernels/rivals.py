@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import e2cm_ext as e2cm
 
-from .shapes import Problem, Shape, Step
+from .shapes import Layout, Problem, Shape, Step
 from .timing import fastest
 
 Scores = Callable[[Tensor], tuple[Tensor, Tensor]]  # features to confidence and log-probabilities
@@ -28,16 +28,6 @@ def unpacked(p: Problem) -> Step:
 
 
 # ---- in torch -------------------------------------------------------------------------------------------------------
-
-
-class Layout(NamedTuple):
-    """What a torch user can choose without changing a result; which is fastest depends on the shape and the threads."""
-
-    classes_dim: int  # 1: distances [B, K]; 0: distances [K, B], whose softmax runs over contiguous samples
-    transposed: bool = False  # class means stored as [D, K]
-
-    def broadcast(self, per_class: Tensor) -> Tensor:
-        return per_class if self.classes_dim == 1 else per_class[:, None]
 
 
 ROWS, COLUMNS = Layout(classes_dim=1), Layout(classes_dim=0)

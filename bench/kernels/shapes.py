@@ -7,17 +7,24 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import e2cm_ext as e2cm
 
-if TYPE_CHECKING:
-    from .rivals import Layout
-
 Step = Callable[[], tuple[Tensor, Tensor]]  # one whole exit step: survivors and their ids
+
+
+class Layout(NamedTuple):
+    """What a torch user can choose without changing a result; which is fastest depends on the shape and the threads."""
+
+    classes_dim: int  # 1: distances [B, K]; 0: distances [K, B], whose softmax runs over contiguous samples
+    transposed: bool = False  # class means stored as [D, K]
+
+    def broadcast(self, per_class: Tensor) -> Tensor:
+        return per_class if self.classes_dim == 1 else per_class[:, None]
 
 
 class Shape(NamedTuple):
