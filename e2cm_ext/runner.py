@@ -1,7 +1,7 @@
-"""Runs what EarlyExit.export has written for ONNX Runtime: stage, exit, compaction, next stage, without torch.
+"""Runs packages of EarlyExit.export on ONNX Runtime, without torch: stage, exit, compaction, next stage.
 
-This one file needs numpy and onnxruntime and nothing else, not even the rest of e2cm_ext: copy it to where the network
-is to run.
+This file needs numpy and onnxruntime and nothing else, not even the rest of e2cm_ext: copy it to the machine that runs
+the network.
 
     from runner import OnnxCascade                     # or from e2cm_ext.runner
 
@@ -10,8 +10,8 @@ is to run.
     log_probs = cascade(images)                        # [B, K]
 
 A package is a zip file without compression: manifest.json, and a program for every stage. The manifest holds the
-SHA-256 of every program; that of the manifest is the zip file's comment. They tell damage, not malice: whoever alters a
-package can write new ones, so run none of which you do not know where it comes from.
+SHA-256 of every program; the SHA-256 of the manifest is the zip file's comment. These checksums detect damage, not
+manipulation: run only packages from a source that you trust.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ import numpy as np
 __all__ = ["Answers", "FORMAT", "KIND", "OnnxCascade", "Package"]
 
 KIND = "e2cm_ext cascade"
-FORMAT = 2  # of packages; a change that an old reader would misunderstand makes it 3
+FORMAT = 2  # of packages; raise it for a change that an old reader would misunderstand
 MANIFEST = "manifest.json"
 OUTPUTS = ("features", "certainty", "log_probs")  # of a stage's program; its input is "x"
 
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64",
           "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(uint8)": "uint8"}  # fmt: skip
-_STEPS = 1000  # that are kept ready: some kilobytes each
-_LINE = 64  # bytes
+_MAX_BOUND_STAGES = 1000  # kept for reuse, some kilobytes each
+_CACHE_LINE = 64  # bytes
 
 
 class Answers(NamedTuple):
-    """In input order; row i belongs to sample i."""
+    """Results in input order: row i belongs to sample i."""
 
     prediction: np.ndarray[Any, np.dtype[np.int64]]  # [N]
     confidence: np.ndarray[Any, np.dtype[np.float32]]  # [N]: the largest probability
@@ -50,19 +50,24 @@ class Answers(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What the manifest says of a stage, and of the exit behind it."""
+    """An entry of the manifest: a stage, and the exit behind it."""
 
     file: str
-    exit: int  # its number in the network that was exported; behind the last stage: the number of all its exits
+    exit: int  # its number in the exported network; for the last stage: the number of exits
     name: str  # of the exit
-    threshold: float  # what certainty must be above for a sample to leave; of the last stage: -inf
-    shape: tuple[int, ...]  # of one sample's features behind it
+    threshold: float  # a sample leaves if its certainty is above; last stage: -inf
+    shape: tuple[int, ...]  # of one sample's features behind the stage
 
 
 class Package:
-    """A package, read and found whole.
+    """A package that has been read and checked.
 
-    A ValueError says what is wrong with one: not ours, of another format or runtime, truncated, altered.
+    Args:
+        path: The file.
+        *runtimes: The runtimes ("onnx", "torch", "aoti") that are accepted; none given: all.
+
+    Raises:
+        ValueError: The file is not a package, of another format or runtime, truncated or altered.
     """
 
     def __init__(self, path: str | os.PathLike[str], *runtimes: str) -> None:
@@ -85,7 +90,7 @@ class Package:
             raise ValueError(f"{self.path} is a package for {self.runtime!r}; this runs packages for {wanted}")
 
     def checked(self, shape: Sequence[int], dtype: str) -> None:
-        """Whether images of this shape and dtype are those that the network wants."""
+        """Refuse images of a shape or dtype that the network does not take."""
         if tuple(shape[1:]) == self.image_shape and dtype == self.image_dtype:
             return
         wanted = ", ".join(map(str, ("batch", *self.image_shape)))
@@ -102,10 +107,24 @@ def refuse_other(package: object) -> None:
 
 
 class OnnxCascade:
-    """A network with early exits, on ONNX Runtime. Any number of threads may call one of them.
+    """A network with early exits on ONNX Runtime. Any number of threads may call one object.
 
-    thresholds: [exits of the package], can be set; a sample leaves where its certainty is above. manifest: what stands
-    in the package. A sample with a NaN or an infinity never leaves early.
+    A sample leaves at the first exit where its certainty is above the threshold. A sample with a NaN or an infinity
+    never leaves early.
+
+    Args:
+        package: See `load`, which takes a path.
+        threads: Threads that one batch may use; None: as many as there are cores.
+        providers: Execution providers of onnxruntime.
+        options: onnxruntime.SessionOptions for all stages, in place of the default ones.
+
+    Attributes:
+        thresholds: One number per exit of the package; can be set.
+        manifest: The manifest of the package, as a dict.
+
+    Example:
+        >>> cascade = OnnxCascade.load("model.zip", threads=4)
+        >>> answers = cascade.predict(images)
     """
 
     def __init__(
@@ -121,7 +140,7 @@ class OnnxCascade:
         refuse_other(package)
         if options is None:
             options = ort.SessionOptions()
-            # Every stage has its own threads: those of a stage that has finished must not keep the next one's cores.
+            # Every stage has its own thread pool: idle threads of one stage must not occupy the cores of the next.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
@@ -131,7 +150,7 @@ class OnnxCascade:
         self._package = package
         self._thresholds = np.array([stage.threshold for stage in package.stages[:-1]], np.float32)
         self._sessions: list[Any] = []
-        self._lanes: list[_Lane] = []  # that nobody is using
+        self._free_workspaces: list[_Workspace] = []  # not in use by a thread
         for stage in package.stages:
             try:
                 session = ort.InferenceSession(package.programs[stage.file], options, providers=list(providers))
@@ -149,11 +168,7 @@ class OnnxCascade:
         providers: Sequence[Any] = ("CPUExecutionProvider",),
         options: Any = None,
     ) -> OnnxCascade:
-        """What `EarlyExit.export(path, format="onnx")` wrote.
-
-        threads: that one batch may use; None: as many as there are cores. providers: those of onnxruntime. options:
-        onnxruntime.SessionOptions, for all stages, in the place of ours.
-        """
+        """Load what `EarlyExit.export(path, format="onnx")` wrote. For the arguments see the class."""
         return cls(Package(path, "onnx"), threads=threads, providers=providers, options=options)
 
     @property
@@ -181,11 +196,18 @@ class OnnxCascade:
         self._thresholds = vector.copy()
 
     def __call__(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Log-probabilities [B, K]."""
+        """Compute log-probabilities [B, K]."""
         return self.predict(images).log_probs
 
     def predict(self, images: np.ndarray[Any, Any]) -> Answers:
-        """Prediction, confidence, exit and log-probabilities of every image [B, *image_shape], in input order."""
+        """Predict a batch of images.
+
+        Args:
+            images: [B, *image_shape], in the dtype of the package.
+
+        Returns:
+            Prediction, confidence, exit and log-probabilities of every image, in input order.
+        """
         if not isinstance(images, np.ndarray):
             raise TypeError(f"`images` is a {type(images).__name__}; wanted a numpy array")
         self._package.checked(images.shape, str(images.dtype))
@@ -198,16 +220,16 @@ class OnnxCascade:
         )
         if count:
             try:
-                lane = self._lanes.pop()
+                workspace = self._free_workspaces.pop()
             except IndexError:
-                lane = _Lane(self._package, self._sessions)
-            lane.run(images, self._thresholds, answers)
-            self._lanes.append(lane)  # not after an error
+                workspace = _Workspace(self._package, self._sessions)
+            workspace.run(images, self._thresholds, answers)
+            self._free_workspaces.append(workspace)  # not after an error
         return answers
 
 
-class _Step(NamedTuple):
-    """A stage on a number of samples, between two pieces of memory."""
+class _BoundStage(NamedTuple):
+    """A stage, bound to its buffers for a certain number of samples."""
 
     run: Callable[[], None]
     x: Any  # what it reads and what it writes, as arrays
@@ -216,11 +238,11 @@ class _Step(NamedTuple):
     log_probs: Any
 
 
-class _Lane:
-    """Memory that one batch at a time goes through the stages in.
+class _Workspace:
+    """Buffers for one batch at a time.
 
-    Features go to and fro between two spaces, so that they are in the cache when the next stage reads them; what is
-    written where is told to onnxruntime once for each stage and number of samples.
+    Features alternate between two buffers, so that they are in the cache when the next stage reads them. Buffers are
+    bound to onnxruntime once for each stage and number of samples.
     """
 
     def __init__(self, package: Package, sessions: Sequence[Any]) -> None:
@@ -233,61 +255,61 @@ class _Lane:
         ]
         self._maps = [image, *features]
         self._floats = image[1].kind == "f"
-        self._steps: dict[tuple[int, int, int], _Step] = {}
-        self._spaces: tuple[Any, Any] = (None, None)
-        self._room = 0  # samples in each of them
+        self._steps: dict[tuple[int, int, int], _BoundStage] = {}
+        self._buffers: tuple[Any, Any] = (None, None)
+        self._capacity = 0  # samples that fit into each of them
 
     def run(self, images: Any, thresholds: Any, answers: Answers) -> None:
-        count, here = len(images), 0
-        if count > self._room:
-            self._make_room(count)
+        count, side = len(images), 0
+        if count > self._capacity:
+            self._allocate(count)
         ids = np.arange(count)
-        # ReLU may make a number of a NaN, and nobody would notice; not so here.
-        sound = np.isfinite(images).reshape(count, -1).all(1) if self._floats else np.ones(count, bool)
-        step = self._step(0, count, here)
+        # A ReLU may turn a NaN into a number: look at the images themselves.
+        finite = np.isfinite(images).reshape(count, -1).all(1) if self._floats else np.ones(count, bool)
+        step = self._step(0, count, side)
         step.x[...] = images
         for i, limit in enumerate(thresholds):
-            step = self._step(i, count, here)
+            step = self._step(i, count, side)
             step.run()
-            here = 1 - here
+            side = 1 - side
             leaving = step.certainty > limit
             if not leaving.any():
                 continue
             log_probs = step.log_probs
-            leaving &= sound
+            leaving &= finite
             leaving &= np.isfinite(log_probs).any(1)  # certainty may be a number though features are not
             leavers = leaving.nonzero()[0]
             if len(leavers) == 0:
                 continue
             if len(leavers) == count:
-                _write(answers, ids, log_probs, log_probs, self._stages[i].exit)
+                _write_answers(answers, ids, log_probs, log_probs, self._stages[i].exit)
                 return
             some = log_probs[leavers]
-            _write(answers, ids[leavers], some, some, self._stages[i].exit)
+            _write_answers(answers, ids[leavers], some, some, self._stages[i].exit)
             stayers = (~leaving).nonzero()[0]
-            ids, sound, count = ids[stayers], sound[stayers], len(stayers)
-            here = 1 - here
-            step.features.take(stayers, 0, self._step(i + 1, count, here).x, "clip")
-        step = self._step(len(thresholds), count, here)
+            ids, finite, count = ids[stayers], finite[stayers], len(stayers)
+            side = 1 - side
+            step.features.take(stayers, 0, self._step(i + 1, count, side).x, "clip")
+        step = self._step(len(thresholds), count, side)
         step.run()
-        # By the logits: rounding can make equal in log_probs what is not.
-        _write(answers, ids, step.log_probs, step.features, self._stages[-1].exit)
+        # Of the logits: rounding can make different logits equal in log_probs.
+        _write_answers(answers, ids, step.log_probs, step.features, self._stages[-1].exit)
 
-    def _step(self, stage: int, count: int, here: int) -> _Step:
-        key = stage, count, here
+    def _step(self, stage: int, count: int, side: int) -> _BoundStage:
+        key = stage, count, side
         step = self._steps.get(key)
         if step is None:
-            if len(self._steps) >= _STEPS:
+            if len(self._steps) >= _MAX_BOUND_STAGES:
                 self._steps.clear()
-            step = self._steps[key] = self._bound(stage, count, here)
+            step = self._steps[key] = self._bind(stage, count, side)
         return step
 
-    def _bound(self, stage: int, count: int, here: int) -> _Step:
+    def _bind(self, stage: int, count: int, side: int) -> _BoundStage:
         session = self._sessions[stage]
         arrays = [
             space[: count * np.dtype(dtype).itemsize * math.prod(shape)].view(dtype).reshape(count, *shape)
             for space, (shape, dtype) in zip(
-                (self._spaces[here], self._spaces[1 - here]), self._maps[stage : stage + 2], strict=True
+                (self._buffers[side], self._buffers[1 - side]), self._maps[stage : stage + 2], strict=True
             )
         ]
         arrays += [np.empty(count, np.float32), np.empty((count, self._classes), np.float32)]
@@ -296,23 +318,23 @@ class _Lane:
             (binding.bind_input, *[binding.bind_output] * 3), ("x", *OUTPUTS), arrays, strict=True
         ):
             bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return _Step(partial(session.run_with_iobinding, binding), *arrays)
+        return _BoundStage(partial(session.run_with_iobinding, binding), *arrays)
 
-    def _make_room(self, count: int) -> None:
+    def _allocate(self, count: int) -> None:
         self._steps.clear()
         size = count * max(dtype.itemsize * math.prod(shape) for shape, dtype in self._maps)
-        self._spaces = _aligned(size), _aligned(size)
-        self._room = count
+        self._buffers = _aligned(size), _aligned(size)
+        self._capacity = count
 
 
 def _aligned(size: int) -> Any:
-    """So many bytes, from the beginning of a line of the cache on."""
-    space = np.empty(size + _LINE, np.uint8)
-    first = -space.ctypes.data % _LINE
+    """A buffer of so many bytes that begins at a cache line."""
+    space = np.empty(size + _CACHE_LINE, np.uint8)
+    first = -space.ctypes.data % _CACHE_LINE
     return space[first : first + size]
 
 
-def _write(answers: Answers, ids: Any, log_probs: Any, scores: Any, exit: int) -> None:
+def _write_answers(answers: Answers, ids: Any, log_probs: Any, scores: Any, exit: int) -> None:
     answers.prediction[ids] = scores.argmax(1)
     answers.confidence[ids] = np.exp(log_probs.max(1))
     answers.exit[ids] = exit
@@ -329,20 +351,20 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, bytes]]:
             raise ValueError(f"{path} is not a package of e2cm_ext: it does not begin like one")
     try:
         with zipfile.ZipFile(path) as archive:
-            text, seal = archive.read(MANIFEST), archive.comment.decode()
+            text, checksum = archive.read(MANIFEST), archive.comment.decode()
             contents = {name: archive.read(name) for name in archive.namelist() if name != MANIFEST}
     except KeyError:
         raise ValueError(f"{path} is not a package of e2cm_ext: it is a zip file without {MANIFEST}") from None
-    except Exception as error:  # zipfile has many ways to stumble over a file that is not whole
+    except Exception as error:  # zipfile raises many kinds of errors for a damaged file
         raise ValueError(f"{path} is truncated or damaged: {error}; copy or export it again") from error
-    if len(seal) != 64:
+    if len(checksum) != 64:
         raise ValueError(f"{path} is not a package of e2cm_ext, or it has been packed anew: its seal is missing")
     damaged = f"{path} is damaged: {{}} does not match its checksum; copy or export it again"
-    if hashlib.sha256(text).hexdigest() != seal:
+    if hashlib.sha256(text).hexdigest() != checksum:
         raise ValueError(damaged.format(MANIFEST))
     manifest = json.loads(text)
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise ValueError(f"{path} is not a package of e2cm_ext: its {MANIFEST} is somebody else's")
+        raise ValueError(f"{path} is not a package of e2cm_ext: its {MANIFEST} is of another program")
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {manifest.get('format')} (written by e2cm_ext {manifest.get('version', '?')}); this "

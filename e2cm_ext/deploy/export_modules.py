@@ -1,7 +1,7 @@
-"""Heads as exporters want them: a few operations of torch in place of the compiled ones, which no other runtime knows.
+"""Heads for exporters: plain torch operations in place of the compiled kernels, which no other runtime has.
 
-The same functions as in reference.py, written so that they are fast where they are run as they stand: cells of a grid
-are pooled, products of channels come from one matrix product, and so do distances.
+The same functions as in ops/reference.py, written to be fast without those kernels: pooling for the cells of a grid,
+and one matrix product for products of channels and for distances.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from ..heads import ClassMeans, Head, WhitenedMeans
 from ..heads.rules import Confidence, Rule
 from ..ops.types import Statistics
 
-__all__ = ["Answer", "Features", "logits_of", "ends_in_relu"]
+__all__ = ["StageWithExit", "Features", "logits_of", "ends_in_relu"]
 
-_DENSE = 16  # so many more channels than offsets, and most of the products of all pairs of them are not wanted
+_DENSE_PAIRS = 16  # up to so many channels per offset, computing the products of all pairs of channels is faster
 _RELUS = (torch.ops.aten.relu, torch.ops.aten.relu_)
 
 
-class Answer(nn.Module):
-    """What a stage and the exit behind it make of a batch: features, certainty [B], log_probs [B, K].
+class StageWithExit(nn.Module):
+    """A stage and the exit behind it: maps a batch to features, certainty [B] and log_probs [B, K].
 
-    Certainty is that of the rule, and NaN for a sample with a NaN or an infinity in its features. (Of runtimes whose
-    maxima pass over NaN: or no log-probability of such a sample is finite.) Without a head: the network's own answer,
-    whose features are its logits.
+    The certainty is NaN for a sample with a NaN or an infinity in its features. (On runtimes whose maximum ignores NaN,
+    no log-probability of such a sample is finite instead.)
 
-    nonnegative: whether no number of the features can be below 0, which makes heads cheaper; see never_negative.
+    Args:
+        stages: Run one after the other.
+        head: None for the end of the network, whose features are its logits.
+        rule: Turns log-probabilities into a certainty.
+        nonnegative: Whether no feature can be below 0, which makes heads cheaper: see ends_in_relu.
     """
 
     def __init__(self, stages: list[nn.Module], head: Head | None, rule: Rule, nonnegative: bool = False) -> None:
@@ -56,53 +59,55 @@ class Answer(nn.Module):
 
 
 def ends_in_relu(stages: list[nn.Module], x: Tensor) -> tuple[Tensor, bool]:
-    """The features that the stages make of x, and whether the last thing that they do is a ReLU."""
-    with _Relus() as relus:
+    """Run the stages on x: their features, and whether the last operation is a ReLU."""
+    with _ReluTracker() as relus:
         for stage in stages:
             x = stage(x)
-    return x, relus.made(x)
+    return x, relus.came_from_relu(x)
 
 
-class _Relus(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers which tensors hold what a ReLU has made."""
+class _ReluTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tracks which tensors hold the output of a ReLU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._whole: dict[int, Tensor] = {}  # by their storage, which is not used again as long as it is kept here
+        self._relu_outputs: dict[int, Tensor] = {}  # by storage address; kept alive here, so that it is not reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             storage = result.untyped_storage()
             if func.overloadpacket in _RELUS and storage.nbytes() == result.numel() * result.itemsize:
-                self._whole[storage.data_ptr()] = result
+                self._relu_outputs[storage.data_ptr()] = result
             elif func._schema.is_mutable:
-                self._whole.pop(storage.data_ptr(), None)
+                self._relu_outputs.pop(storage.data_ptr(), None)
         return result
 
-    def made(self, x: Tensor) -> bool:
-        return x.untyped_storage().data_ptr() in self._whole
+    def came_from_relu(self, x: Tensor) -> bool:
+        return x.untyped_storage().data_ptr() in self._relu_outputs
 
 
 def logits_of(head: Head, nonnegative: bool = False) -> nn.Module:
-    """A module that makes of features the head's logits [B, K], and 0 for every sample, or NaN for one that must not
-    leave [B]; None in its place if the logits of such a sample are not finite, any of them."""
+    """A module that maps features to the head's logits [B, K] and a mark [B].
+
+    The mark is 0, or NaN for a sample that must not leave. It is None if the logits of such a sample are not finite.
+    """
     if type(head).forward is WhitenedMeans.forward and isinstance(head, WhitenedMeans):
-        return _Linear(head, nonnegative)
+        return _LinearLogits(head, nonnegative)
     if type(head).forward is ClassMeans.forward and isinstance(head, ClassMeans):
-        return _Means(head)
-    return _Own(head)
+        return _DistanceLogits(head)
+    return _UserHead(head)
 
 
-class _Linear(nn.Module):
-    """Statistics as they are cheapest to come by; what they lack to be those of the head is in the weights."""
+class _LinearLogits(nn.Module):
+    """Logits of whitened means. Constant factors of the statistics are folded into the weights."""
 
     bias: Tensor
 
     def __init__(self, head: WhitenedMeans, nonnegative: bool) -> None:
         super().__init__()
         self.features = Features(head.statistics, head.feature_shape, nonnegative)
-        self.weights = nn.ParameterList(nn.Parameter(w, False) for w in self.features.folded(head.weight))
+        self.weights = nn.ParameterList(nn.Parameter(w, False) for w in self.features.split_weights(head.weight))
         self.register_buffer("bias", head.bias.clone())
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
@@ -112,9 +117,11 @@ class _Linear(nn.Module):
         return logits, None
 
 
-class _Means(nn.Module):
-    """-|x - mean| / scale, with |x - mean|^2 as |x|^2 - 2 x mean + |mean|^2, of x less the average of the means: else
-    the difference would be lost in the rounding of its terms."""
+class _DistanceLogits(nn.Module):
+    """-|x - mean| / scale, with |x - mean|^2 as |x|^2 - 2 x mean + |mean|^2.
+
+    The average of the means is subtracted from x and from the means first: otherwise the terms cancel.
+    """
 
     means: Tensor
     squares: Tensor
@@ -141,8 +148,8 @@ class _Means(nn.Module):
         return distances * self.factor + self.offset, squares[:, 0] * 0
 
 
-class _Own(nn.Module):
-    """A head of somebody's own, whose forward() an exporter can follow, or not."""
+class _UserHead(nn.Module):
+    """A user's head. The exporter may or may not be able to trace its forward()."""
 
     def __init__(self, head: Head) -> None:
         super().__init__()
@@ -150,10 +157,10 @@ class _Own(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_probs = self.head(x)
-        return log_probs, _sound(log_probs.amax(1, keepdim=True))
+        return log_probs, _nan_if_not_finite(log_probs.amax(1, keepdim=True))
 
 
-def _sound(rows: Tensor) -> Tensor:
+def _nan_if_not_finite(rows: Tensor) -> Tensor:
     """[B]: 0, or NaN where a row holds a NaN or an infinity."""
     return rows.sum(1) * 0
 
@@ -162,10 +169,14 @@ def _sound(rows: Tensor) -> Tensor:
 
 
 class Features(nn.Module):
-    """reference.statistics, flattened; without statistics the features themselves, in a row.
+    """reference.statistics, flattened; without statistics the flattened features.
 
-    parts: the statistics in pieces, or something that they are columns and multiples of, if it is cheaper. nonnegative:
-    whether no feature can be below 0.
+    `parts` gives the statistics in pieces, or a cheaper tensor of which they are scaled columns.
+
+    Args:
+        wanted: The statistics; None: the features themselves.
+        shape: Of one sample's features.
+        nonnegative: Whether no feature can be below 0.
     """
 
     mixed: Tensor
@@ -177,7 +188,7 @@ class Features(nn.Module):
             return
         self.map = wanted.map_of(shape)
         channels = self.map[0]
-        self.dense = channels <= _DENSE * wanted.pairs
+        self.dense = channels <= _DENSE_PAIRS * wanted.pairs
         self.nonnegative = nonnegative
         first = torch.arange(channels)
         which = [first * channels + (first + o) % channels for o in range(wanted.pairs)]
@@ -191,8 +202,8 @@ class Features(nn.Module):
             parts[-1] = parts[-1] * self._unit
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def folded(self, weight: Tensor) -> list[Tensor]:
-        """What to multiply each of the parts with, to get statistics @ weight.T; for weight [K, d]."""
+    def split_weights(self, weight: Tensor) -> list[Tensor]:
+        """Split a weight [K, d] into one matrix per part, such that the products sum to statistics @ weight.T."""
         if self.wanted is None:
             return [weight.T.contiguous()]
         channels = self.map[0]
@@ -230,12 +241,12 @@ class Features(nn.Module):
 
     @property
     def _all_pairs(self) -> bool:
-        """To take a root of more products than are wanted is cheaper than to pick out these."""
+        """Whether all products are kept: a root of all costs less than selecting the wanted ones."""
         return self.wanted is not None and self.wanted.pairs > 0 and self.dense and self.nonnegative
 
     @property
     def _unit(self) -> float:
-        """Of roots of sums of products."""
+        """Factor that turns roots of sums into roots of means."""
         _, rows, columns = self.map
         return 1 / math.sqrt(rows * columns)
 
@@ -265,7 +276,7 @@ def _maxima(maps: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _cell(maps: Tensor, grid: tuple[int, int]) -> tuple[int, int] | None:
-    """Its size, if all cells are equal."""
+    """The size of a cell, if all cells have the same size."""
     (rows, columns), (height, width) = grid, maps.shape[2:]
     return None if height % rows or width % columns else (height // rows, width // columns)
 

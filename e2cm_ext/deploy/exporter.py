@@ -1,8 +1,8 @@
-"""Writes a network with early exits for runtimes that know nothing of early exits: a program per stage, in one file.
+"""Writes a network with early exits as a package: one program per stage, for runtimes without early exits.
 
-A program takes the features before its stages and gives those behind them, and what the exit there says: certainty,
-prediction and log-probabilities of every sample. Whoever runs it compares certainties with the threshold and hands on
-the survivors: runner.py on ONNX Runtime, deploy.py on torch. Exits that are off are left out, and so are their heads.
+A program maps the features before its stages to those behind them, and to the certainty and the log-probabilities of
+the exit there. The runner compares certainties with the threshold and passes the survivors on: runner.py on ONNX
+Runtime, torch_runner.py on torch. Exits that are off are left out, and so are their heads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..runner import FORMAT, KIND, MANIFEST, OUTPUTS
 from ..runtime.segments import segments
 from ..stages import Stages
 from ..utils import serialization
-from .export_modules import Answer, ends_in_relu
+from .export_modules import StageWithExit, ends_in_relu
 from .onnx_layout import keep_nchwc
 
 __all__ = ["ExportSpec", "Format", "export"]
@@ -113,9 +113,9 @@ def _export_stages(
         name = f"stage-{number:03d}.{ending}"
         last = segment.head is None
         exit_name = "(end)" if last else spec.stages.names[segment.exit]
-        with torch.no_grad(), _quietly():
+        with torch.no_grad(), _silenced():
             features, nonnegative = ends_in_relu(list(segment.stages), x.clone())
-            module = Answer(list(segment.stages), segment.head, spec.rule, nonnegative).to(x.device)
+            module = StageWithExit(list(segment.stages), segment.head, spec.rule, nonnegative).to(x.device)
             programs[name] = _program(write, module, x, name if last else f"{name}, with exit {exit_name!r}")
             x = features.clone()
         stages.append(
@@ -130,7 +130,7 @@ def _export_stages(
     return programs, stages
 
 
-def _program(write: _Writer, module: Answer, x: Tensor, what: str) -> bytes:
+def _program(write: _Writer, module: StageWithExit, x: Tensor, what: str) -> bytes:
     try:
         exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         return write(exported, x)
@@ -182,8 +182,8 @@ def _compiled_program(exported: torch.export.ExportedProgram, x: Tensor) -> byte
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Exporters warn of what they do themselves."""
+def _silenced() -> Iterator[None]:
+    """Hides warnings that exporters raise about their own work."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

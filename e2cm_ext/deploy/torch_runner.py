@@ -1,9 +1,9 @@
-"""Runs what EarlyExit.export has written: on ONNX Runtime, or on torch, without the code that made the network.
+"""Runs packages of EarlyExit.export, on torch or on ONNX Runtime, without the code of the network.
 
     cascade = e2cm_ext.deploy.load("model.zip")
     answers = cascade.predict(images)  # .prediction .confidence .exit .log_probs
 
-Where there is no torch, take runner.py, which is a file that can be copied.
+Without torch, use runner.py: a single file that can be copied.
 """
 
 from __future__ import annotations
@@ -29,16 +29,34 @@ _Program = Callable[[Tensor], Sequence[Tensor]]
 
 
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> OnnxCascade | TorchCascade:
-    """What runs the package at `path`, whatever it was exported for. threads: of ONNX Runtime; torch has its own."""
+    """Load a package, for whatever runtime it was exported.
+
+    Args:
+        path: The file.
+        threads: For ONNX Runtime; torch has its own setting.
+
+    Returns:
+        OnnxCascade for format="onnx", TorchCascade for "torch" and "aoti".
+
+    Example:
+        >>> decisions = e2cm_ext.deploy.load("model.zip").predict(images)
+    """
     runtime = Package(path).runtime
     return OnnxCascade.load(path, threads=threads) if runtime == "onnx" else TorchCascade.load(path)
 
 
 class TorchCascade:
-    """A network with early exits, from programs of torch.export, as they are or compiled by AOTInductor.
+    """A network with early exits, from programs of torch.export or AOTInductor.
 
-    It runs on the device that the network was exported on. thresholds: [exits of the package], can be set. Any number
-    of threads may call it, as far as torch's programs allow that.
+    It runs on the device that the network was exported on. Any number of threads may call it, as far as torch's
+    programs allow that.
+
+    Args:
+        package: See `load`, which takes a path.
+
+    Attributes:
+        thresholds: [exits of the package]; can be set.
+        manifest: The manifest of the package, as a dict.
     """
 
     def __init__(self, package: Package) -> None:
@@ -51,7 +69,7 @@ class TorchCascade:
         for stage in package.stages:
             try:
                 self._programs.append(make(package.programs[stage.file]))
-            except Exception as error:  # whatever torch says to a program of another release or machine
+            except Exception as error:  # torch raises many kinds for a program of another release or machine
                 why, _, _ = str(error).strip().partition("\n")
                 raise ValueError(
                     f"{package.path}: torch {torch.__version__} cannot load {stage.file}, which torch "
@@ -61,7 +79,7 @@ class TorchCascade:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TorchCascade:
-        """What `EarlyExit.export` wrote with format="torch" or "aoti"."""
+        """Load what `EarlyExit.export` wrote with format="torch" or "aoti"."""
         return cls(Package(path, "torch", "aoti"))
 
     @property
@@ -87,14 +105,14 @@ class TorchCascade:
         self._thresholds = threshold_vector(vector.expand(exits) if vector.dim() == 0 else vector, exits).clone()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Log-probabilities [B, K]."""
+        """Compute log-probabilities [B, K]."""
         log_probs = self.predict(images).log_probs
         assert log_probs is not None
         return log_probs
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Decisions:
-        """Prediction, confidence, exit and log-probabilities of every image, in input order."""
+        """Predict a batch: prediction, confidence, exit and log-probabilities of every image, in input order."""
         if not isinstance(images, Tensor):
             raise TypeError(f"`images` is a {type(images).__name__}; wanted a tensor")
         self._package.checked(images.shape, str(images.dtype).removeprefix("torch."))
@@ -105,7 +123,7 @@ class TorchCascade:
         limits = [*self._thresholds.tolist(), -math.inf]
         for stage, program, limit in zip(self._package.stages, self._programs, limits, strict=True):
             x, certainty, log_probs = program(x)
-            # Of the network itself by its logits: rounding can make equal in log_probs what is not.
+            # Of the logits at the end: rounding can make different logits equal in log_probs.
             prediction = (x if stage is self._package.stages[-1] else log_probs).argmax(1)
             confidence = log_probs.amax(1).exp()
             answers = Decisions(prediction, confidence, torch.full_like(prediction, stage.exit), log_probs)

@@ -170,7 +170,7 @@ def decide_masked(
     rule: str = "confidence",
     exit: int = 0,
 ) -> None:
-    """decide among those who are `pending`, who then no longer are; without a question to the device."""
+    """decide for rows that are `pending`; rows that exit no longer are. Without a device synchronisation."""
     log_probs = log_softmax(scores) if scale is None else log_probabilities(_at_least_float32(scores), scale)
     leaving = leaves(log_probs, threshold, rule) & pending
     confidence, prediction = best(log_probs)

@@ -21,7 +21,7 @@ from support.tensors import INF, NAN, generator
 
 import e2cm_ext as e2cm
 from e2cm_ext import deploy, runner
-from e2cm_ext.deploy.export_modules import Answer, Features, logits_of
+from e2cm_ext.deploy.export_modules import Features, StageWithExit, logits_of
 from e2cm_ext.methods.sdn import MostConfident
 from e2cm_ext.ops import reference
 
@@ -63,14 +63,14 @@ def test_statistics_are_those_of_the_reference(problem, dense):
 
 
 @given(statistics(), st.booleans(), st.booleans())
-def test_parts_times_folded_weights_are_statistics_times_weights(problem, dense, nonnegative):
+def test_parts_times_split_weights_are_statistics_times_weights(problem, dense, nonnegative):
     wanted, shape, x = problem
     x = x.abs() if nonnegative else x
     features = Features(wanted, shape, nonnegative)
     features.dense = dense
     expected = reference.statistics(x, wanted)
     weight = torch.randn(5, expected.shape[1], dtype=torch.float64, generator=generator(3))
-    pairs = zip(features.parts(x), features.folded(weight), strict=True)
+    pairs = zip(features.parts(x), features.split_weights(weight), strict=True)
     torch.testing.assert_close(sum(part @ w for part, w in pairs), expected @ weight.T, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(features(x), expected, rtol=1e-9, atol=1e-9)
 
@@ -108,7 +108,7 @@ def test_a_sample_that_is_not_finite_has_no_certainty(head, bad):
     stage = torch.nn.Identity()
     x = ee.stages[0](samples(3))
     x[1, 2, 3, 4] = bad
-    certainty = Answer([stage], ee.heads[0], ee.rule)(x)[1]
+    certainty = StageWithExit([stage], ee.heads[0], ee.rule)(x)[1]
     assert certainty.isfinite().tolist() == [True, False, True]
 
 
@@ -406,7 +406,7 @@ def packed_anew(source, target, change=lambda manifest, files: None, seal=True):
         (lambda m, f: f.update({"stage-000.pt2": b"x"}), "stage-000.pt2 does not match its checksum"),
         (lambda m, f: f.pop("stage-001.pt2"), "does not hold just what manifest.json says: stage-001.pt2"),
         (lambda m, f: f.update({"more": b""}), "does not hold just what manifest.json says: more"),
-        (lambda m, f: m.update(kind="other"), "its manifest.json is somebody else's"),
+        (lambda m, f: m.update(kind="other"), "its manifest.json is of another program"),
         (lambda m, f: m.update(format=1), r"has format 1 \(written by e2cm_ext .*\); this runner reads format 2"),
         (lambda m, f: m.pop("stages"), "its manifest lacks something: KeyError"),
         (lambda m, f: m["stages"][0].pop("threshold"), "its manifest lacks something: KeyError"),
