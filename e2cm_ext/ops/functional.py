@@ -99,9 +99,11 @@ def class_scores(
         Confidence, prediction and log-probabilities of every sample.
 
     Example:
-        >>> x, means = torch.randn(8, 64), torch.randn(10, 64)
-        >>> class_scores(x, means, scale=torch.full((10,), 8.0)).prediction.shape
-        torch.Size([8])
+        import torch
+        from e2cm_ext import ops
+
+        x, means = torch.randn(8, 64), torch.randn(10, 64)
+        confidence, prediction, log_probs = ops.class_scores(x, means, scale=torch.full((10,), 8.0))
     """
     means, center, packed = _unpack_means(means, center)
     head = HeadParams("distances", means, scale, center, packed)
@@ -166,8 +168,13 @@ def exit_step(
         IndexError: An id is no row of `out`. On the CPU nothing has been written then.
 
     Example:
-        >>> x, means, out = torch.randn(8, 64), torch.randn(10, 64), Decisions.empty(8, 10)
-        >>> x, ids = exit_step(x, means, torch.full((10,), 8.0), 0.5, torch.arange(8), out)
+        import torch
+        from e2cm_ext import Decisions, ops
+
+        x, means, scale = torch.randn(8, 64), torch.randn(10, 64), torch.full((10,), 8.0)
+        ids, out = torch.arange(8), Decisions.empty(8, num_classes=10)
+        x, ids = ops.exit_step(x, means, scale, 0.5, ids, out)  # the samples that stay
+        out.prediction  # -1 for them
     """
     means, center, packed = _unpack_means(means, center)
     if not _is_tracing():
