@@ -103,8 +103,8 @@ struct Answers {
   float* log_probs;     // [rows, classes] or null
 };
 
-// When to leave and as whom: row b of the batch is sample ids[b], its answer goes to row ids[b] of the Answers. The ids
-// must be distinct: threads write without asking each other.
+// When a row leaves, and under which number: row b of the batch is sample ids[b], its answer goes to row ids[b] of the
+// Answers. The ids must be distinct: threads write without synchronization.
 struct Departure {
   Rule rule;
   float threshold;

@@ -135,8 +135,8 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Number of the device, and of a stream of it. The runtime that is linked in knows nothing of what torch has told its
-// own.
+// Number of the device, and of a stream of it. They must be given: the CUDA runtime that is linked in here is not
+// torch's, and does not know torch's current device.
 using Place = std::pair<int, Address>;
 
 cudaStream_t stream_at(const Place& place) {

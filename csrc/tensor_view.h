@@ -1,11 +1,11 @@
-// How torch shows a tensor to C: the part of DLPack's ABI that is needed for looking at one, and nothing of torch.
+// A view of a torch tensor without torch's headers: the part of DLPack's ABI that reading one needs.
 //
 // From 2.10 on torch.Tensor has `__dlpack_c_exchange_api__`, a capsule with a table of functions. One of them fills a
-// DLTensor from a Python object in some tens of nanoseconds, without reference counting: what is seen is torch's own
-// memory, good for as long as the object lives and nobody resizes it. The names and the layout are those of
+// DLTensor from a Python object in some tens of nanoseconds, without reference counting: it points to torch's own
+// memory, valid for as long as the object lives and is not resized. The names and the layout are those of
 // dlpack/dlpack.h, version 1; a table of another major version is not used.
 //
-// DLPack does not tell whether a tensor is a lazy negative of its memory: whoever looks must ask torch.
+// DLPack does not tell whether a tensor is a lazy negative of its memory: that must be asked of torch.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,8 @@
 // A whole exit on a stream: statistics if the head reads them, sums, answers; and answers to scores of other heads.
 // As many rows at a time as the workspace has room for.
+//
+// Scores of other heads: a warp for each row, which reads its K scores up to three times, the last two from cache, and
+// writes 20 bytes if it leaves, and 4 K bytes of log-probabilities.
 #include "kernels.h"
 
 namespace e2cm {

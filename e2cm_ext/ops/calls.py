@@ -1,4 +1,4 @@
-"""The normalised call of each op: what validation makes of the arguments, and what every backend takes.
+"""What a normalised call consists of: validation makes it of the arguments of an op, every backend takes it.
 
 `native` gives a struct of csrc/api.h in the form in which the compiled module takes it.
 """
@@ -29,7 +29,10 @@ def answers(
     prediction: Tensor, confidence: Tensor, exit: Tensor | None, log_probs: Tensor | None
 ) -> tuple[int, int, int, int, int]:
     """The struct Answers: where results are written."""
-    return prediction.shape[0], address(confidence), address(prediction), address(exit), address(log_probs)
+    return (
+        prediction.size(0), confidence.data_ptr(), prediction.data_ptr(), 0 if exit is None else exit.data_ptr(),
+        0 if log_probs is None else log_probs.data_ptr(),
+    )  # fmt: skip
 
 
 def channels_last_format(x: Tensor) -> torch.memory_format:
@@ -47,7 +50,8 @@ class Batch(NamedTuple):
     channels_last: bool
 
     def native(self) -> tuple[int, int, int, int, int]:
-        return self.tensor.data_ptr(), self.dtype, self.rows, self.dim, self.stride
+        x, dtype, rows, dim, stride, _ = self
+        return x.data_ptr(), dtype, rows, dim, stride
 
     def new_rows(self, count: int | torch.SymInt) -> Tensor:
         """Memory for so many rows, in the dtype and the memory format of the batch."""
@@ -93,13 +97,16 @@ class HeadParams(NamedTuple):
 
     @property
     def classes(self) -> int:
-        return self.vectors.shape[0]
+        return self.vectors.size(0)
 
     def native(self) -> tuple[int, int, int, int, int, int, int, int]:
-        vectors, classes = self.vectors, self.classes
+        kind, vectors, per_class, center, packed = self
+        classes = vectors.size(0)
         return (
-            HEAD_KINDS[self.kind], address(vectors), FEATURE_DTYPES[vectors.dtype], classes, vectors.numel() // classes,
-            address(self.per_class), address(self.center), address(self.packed),
+            HEAD_KINDS[kind], vectors.data_ptr(), FEATURE_DTYPES[vectors.dtype], classes, vectors.numel() // classes,
+            0 if per_class is None else per_class.data_ptr(),
+            0 if center is None else center.data_ptr(),
+            0 if packed is None else packed.data_ptr(),
         )  # fmt: skip
 
 
@@ -114,46 +121,3 @@ class Departure(NamedTuple):
 
     def native(self) -> tuple[int, float, int, int]:
         return RULES[self.rule], self.threshold, self.exit, self.ids.data_ptr()
-
-
-class HeadCall(NamedTuple):
-    """A head and what it reads: for distances and scores."""
-
-    x: Tensor
-    input: HeadInput
-    head: HeadParams
-
-
-class StepCall(NamedTuple):
-    """A head, what it reads, and which samples leave."""
-
-    x: Tensor
-    input: HeadInput
-    head: HeadParams
-    departure: Departure
-
-
-class DecideCall(NamedTuple):
-    """Scores that another head has made of x."""
-
-    x: Tensor
-    batch: Batch
-    scores: Batch
-    scale: Tensor | None
-    departure: Departure
-
-
-class MaskedCall(NamedTuple):
-    """Scores without what they were made of: nothing is moved. x are the scores."""
-
-    x: Tensor
-    scores: Batch
-    scale: Tensor | None
-    departure: Departure
-    pending: Tensor
-
-
-class CompactCall(NamedTuple):
-    x: Tensor
-    batch: Batch
-    keep: Tensor

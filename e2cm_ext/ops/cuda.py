@@ -1,4 +1,4 @@
-"""The ops on an NVIDIA GPU: each function takes the normalised call of an op (calls.py).
+"""The ops on an NVIDIA GPU: each function takes the normalised call of an op.
 
 Everything runs on torch's current stream of the tensor's device. The host waits in one place, `SurvivorCount`, where
 it must learn how many samples stay; `decide_masked`, scores, distances and statistics never wait and can be captured in
@@ -16,14 +16,9 @@ from torch import Tensor
 from .. import native
 from .calls import (
     Batch,
-    CompactCall,
-    DecideCall,
     Departure,
-    HeadCall,
     HeadInput,
     HeadParams,
-    MaskedCall,
-    StepCall,
     address,
     answers,
 )
@@ -45,24 +40,23 @@ class Marks(NamedTuple):
     marked: bool
 
     def native(self) -> tuple[int, int, bool]:
-        return address(self.stays), self.bad_ids, self.marked
+        return self.stays.data_ptr(), self.bad_ids, self.marked
 
 
-def class_distances(call: HeadCall) -> Tensor:
-    out = _empty(call.x, call.input.batch.rows, call.head.classes)
-    _exit(call.input, call.head, distances=out)
+def class_distances(x: Tensor, input: HeadInput, head: HeadParams) -> Tensor:
+    out = _empty(x, input.batch.rows, head.classes)
+    _exit(input, head, distances=out)
     return out
 
 
-def scores(call: HeadCall) -> tuple[Tensor, Tensor, Tensor]:
-    x, rows = call.x, call.input.batch.rows
-    confidence, prediction, log_probs = _empty(x, rows), _integers(x, rows), _empty(x, rows, call.head.classes)
-    _exit(call.input, call.head, out=answers(prediction, confidence, None, log_probs))
+def scores(x: Tensor, input: HeadInput, head: HeadParams) -> tuple[Tensor, Tensor, Tensor]:
+    rows = input.batch.rows
+    confidence, prediction, log_probs = _empty(x, rows), _integers(x, rows), _empty(x, rows, head.classes)
+    _exit(input, head, out=answers(prediction, confidence, None, log_probs))
     return confidence, prediction, log_probs
 
 
-def step(call: StepCall) -> tuple[Tensor, Tensor]:
-    x, input, head, departure = call
+def step(x: Tensor, input: HeadInput, head: HeadParams, departure: Departure) -> tuple[Tensor, Tensor]:
     rows = input.batch.rows
     stays, count = _bytes(x, rows), SurvivorCount(x, rows)
     leaving = departure.native(), Marks(stays, count.bad_ids, False).native()
@@ -70,28 +64,26 @@ def step(call: StepCall) -> tuple[Tensor, Tensor]:
     return _survivors(x, input.batch, stays, departure.ids, count)
 
 
-def decide(call: DecideCall) -> tuple[Tensor, Tensor]:
-    x, f = call.x, call.batch
+def decide(x: Tensor, f: Batch, scores: Batch, scale: Tensor | None, departure: Departure) -> tuple[Tensor, Tensor]:
     stays, count = _bytes(x, f.rows), SurvivorCount(x, f.rows)
-    _decide(call.scores, call.scale, call.departure, Marks(stays, count.bad_ids, False))
-    return _survivors(x, f, stays, call.departure.ids, count)
+    _decide(scores, scale, departure, Marks(stays, count.bad_ids, False))
+    return _survivors(x, f, stays, departure.ids, count)
 
 
-def decide_masked(call: MaskedCall) -> None:
-    _decide(call.scores, call.scale, call.departure, Marks(call.pending, 0, True))
+def decide_masked(x: Tensor, scores: Batch, scale: Tensor | None, departure: Departure, pending: Tensor) -> None:
+    _decide(scores, scale, departure, Marks(pending, 0, True))
 
 
-def statistics(call: HeadInput) -> Tensor:
-    x, numbers = call.features, call.numbers or ()
-    out = _empty(x.tensor, x.rows, call.dim)
-    workspace = _bytes(x.tensor, native.cuda_statistics_workspace(x.rows, numbers))
-    with _on(x.tensor):
-        native.cuda_statistics(x.native(), numbers, address(out), address(workspace), _place(x.tensor))
+def statistics(x: Tensor, input: HeadInput) -> Tensor:
+    rows, numbers = input.batch.rows, input.numbers or ()
+    out = _empty(x, rows, input.dim)
+    workspace = _bytes(x, native.cuda_statistics_workspace(rows, numbers))
+    with _on(x):
+        native.cuda_statistics(input.features.native(), numbers, out.data_ptr(), workspace.data_ptr(), _place(x))
     return out
 
 
-def compact(call: CompactCall) -> tuple[Tensor, Tensor]:
-    f, keep = call.batch, call.keep
+def compact(x: Tensor, f: Batch, keep: Tensor) -> tuple[Tensor, Tensor]:
     survivor_count = SurvivorCount(f.tensor, f.rows)
     index = _kept(keep, None, survivor_count)[0]
     survivors = _gathered(f, index, survivor_count)
@@ -151,8 +143,8 @@ def _kept(stays: Tensor, ids: Tensor | None, survivor_count: SurvivorCount) -> t
     workspace = _bytes(stays, native.cuda_kept_rows_workspace(rows))
     with _on(stays):
         native.cuda_kept_rows(
-            address(stays), rows, address(ids), address(index), address(kept_ids), address(survivor_count.numbers),
-            address(workspace), _place(stays),
+            stays.data_ptr(), rows, address(ids), index.data_ptr(), kept_ids.data_ptr(),
+            survivor_count.numbers.data_ptr(), workspace.data_ptr(), _place(stays),
         )  # fmt: skip
     survivor_count.request()
     return index, kept_ids
@@ -164,8 +156,8 @@ def _gathered(f: Batch, index: Tensor, survivor_count: SurvivorCount) -> Tensor:
     size = out.element_size()
     with _on(out):
         native.cuda_gather_rows(
-            address(f.tensor), f.dim * size, f.stride * size, address(index), address(survivor_count.numbers), f.rows,
-            address(out), _place(out),
+            f.tensor.data_ptr(), f.dim * size, f.stride * size, index.data_ptr(),
+            survivor_count.numbers.data_ptr(), f.rows, out.data_ptr(), _place(out),
         )  # fmt: skip
     return out
 
@@ -183,7 +175,7 @@ def _exit(
     workspace = _bytes(x.tensor, native.cuda_exit_workspace(input.native(), head.native()))
     with _on(x.tensor):
         native.cuda_exit(
-            input.native(), head.native(), address(distances), out, departure, address(workspace), _place(x.tensor)
+            input.native(), head.native(), address(distances), out, departure, workspace.data_ptr(), _place(x.tensor)
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import native
 from . import cuda
-from .calls import Batch, CompactCall, DecideCall, HeadCall, HeadInput, StepCall, address, answers
+from .calls import Batch, Departure, HeadInput, HeadParams, address, answers
 
 _threads = torch.get_num_threads
 
@@ -20,38 +20,34 @@ class Op(NamedTuple):
 
     name: str
     schema: str  # of the operator of torch; (a!) marks what is written
-    resolve: Callable[
-        ..., Any
-    ]  # checks the arguments, which are named as in the schema; returns what the next three take
-    cpu: Callable[[Any], Any]
-    cuda: Callable[[Any], Any]
-    reference: Callable[[Any], Any]  # on other devices, and in a build without CUDA
+    resolve: Callable[..., Any]  # checks the arguments; returns what the next three take
+    cpu: Callable[..., Any]
+    cuda: Callable[..., Any]
+    reference: Callable[..., Any]  # on other devices, and in a build without CUDA
     fake: Callable[..., Any]  # shapes, from the arguments in the order of the schema
 
 
-def run(op: Op, **arguments: Any) -> Any:
-    call = op.resolve(**arguments)
-    if cuda.supports(call.x):
-        return op.cuda(call)
-    return op.cpu(call) if call.x.is_cpu else op.reference(call)
+def run(op: Op, *arguments: Any) -> Any:
+    call = op.resolve(*arguments)
+    x: Tensor = call[0]
+    if cuda.supports(x):
+        return op.cuda(*call)
+    return op.cpu(*call) if x.is_cpu else op.reference(*call)
 
 
-def statistics(call: HeadInput) -> Tensor:
-    f = call.features
-    out = _floats(f.rows, call.dim)
-    native.statistics(f.native(), call.numbers or (), address(out), _threads())
+def statistics(x: Tensor, input: HeadInput) -> Tensor:
+    out = _floats(input.batch.rows, input.dim)
+    native.statistics(input.features.native(), input.numbers or (), out.data_ptr(), _threads())
     return out
 
 
-def class_distances(call: HeadCall) -> Tensor:
-    f = call.input.features
-    out = _floats(f.rows, call.head.classes)
-    native.class_distances(f.native(), call.head.native(), address(out), _threads())
+def class_distances(x: Tensor, input: HeadInput, head: HeadParams) -> Tensor:
+    out = _floats(input.batch.rows, head.classes)
+    native.class_distances(input.features.native(), head.native(), out.data_ptr(), _threads())
     return out
 
 
-def scores(call: HeadCall) -> tuple[Tensor, Tensor, Tensor]:
-    input, head = call.input, call.head
+def scores(x: Tensor, input: HeadInput, head: HeadParams) -> tuple[Tensor, Tensor, Tensor]:
     rows = input.batch.rows
     confidence, prediction, log_probs = _floats(rows), _integers(rows), _floats(rows, head.classes)
     out = answers(prediction, confidence, None, log_probs)
@@ -59,29 +55,25 @@ def scores(call: HeadCall) -> tuple[Tensor, Tensor, Tensor]:
     return confidence, prediction, log_probs
 
 
-def step(call: StepCall) -> tuple[Tensor, Tensor]:
-    x, input, head, departure = call
+def step(x: Tensor, input: HeadInput, head: HeadParams, departure: Departure) -> tuple[Tensor, Tensor]:
     keep = _integers(input.batch.rows)
     count = native.step(
-        input.native(), head.native(), departure.native(), answers(*departure.out), address(keep), _threads()
+        input.native(), head.native(), departure.native(), answers(*departure.out), keep.data_ptr(), _threads()
     )
     return _survivors(x, input.batch, departure.ids, keep, count)
 
 
-def decide(call: DecideCall) -> tuple[Tensor, Tensor]:
-    departure = call.departure
-    keep = _integers(call.batch.rows)
+def decide(x: Tensor, f: Batch, scores: Batch, scale: Tensor | None, departure: Departure) -> tuple[Tensor, Tensor]:
+    keep = _integers(f.rows)
     count = native.decide(
-        call.scores.native(), address(call.scale), departure.native(), answers(*departure.out), address(keep),
-        _threads(),
-    )  # fmt: skip
-    return _survivors(call.x, call.batch, departure.ids, keep, count)
+        scores.native(), address(scale), departure.native(), answers(*departure.out), keep.data_ptr(), _threads()
+    )
+    return _survivors(x, f, departure.ids, keep, count)
 
 
-def compact(call: CompactCall) -> tuple[Tensor, Tensor]:
-    f = call.batch
+def compact(x: Tensor, f: Batch, keep: Tensor) -> tuple[Tensor, Tensor]:
     index = _integers(f.rows)
-    count = native.kept_rows(address(call.keep), f.rows, address(index))
+    count = native.kept_rows(keep.data_ptr(), f.rows, index.data_ptr())
     index = index[:count].clone()
     return _take(f, index), index
 
@@ -93,7 +85,7 @@ def _survivors(x: Tensor, f: Batch, ids: Tensor, keep: Tensor, count: int) -> tu
         return f.new_rows(0), ids.new_empty(0)
     index = keep[:count]
     kept_ids = _integers(count)
-    native.gather_rows(address(ids), 8, 8, address(index), count, address(kept_ids), 1)
+    native.gather_rows(ids.data_ptr(), 8, 8, index.data_ptr(), count, kept_ids.data_ptr(), 1)
     return _take(f, index), kept_ids
 
 
@@ -103,7 +95,7 @@ def _take(f: Batch, index: Tensor) -> Tensor:
     out = f.new_rows(count)
     size = out.element_size()
     native.gather_rows(
-        address(f.tensor), f.dim * size, f.stride * size, address(index), count, address(out), _threads()
+        f.tensor.data_ptr(), f.dim * size, f.stride * size, index.data_ptr(), count, out.data_ptr(), _threads()
     )
     return out
 

@@ -16,7 +16,6 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from .types import ClassScores, Decisions, Statistics
 # Looked up once: an attribute of a module costs as much as a test of a tensor.
 _is_tracing = validation.is_tracing
 _threads = torch.get_num_threads
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, Statistics, type(None), str, int, float))
 
 # The fast path (csrc/fast_path.cpp): an exit is done in one native call if its arguments are what nearly every call
 # brings: plain tensors on the CPU, in shapes, dtypes and memory orders that fit. For anything else, and with a torch
@@ -56,7 +55,7 @@ def statistics(x: Tensor, wanted: Statistics) -> Tensor:
     Returns:
         float32 [B, wanted.size(...)].
     """
-    result: Tensor = _call("statistics", x=x, wanted=wanted)
+    result: Tensor = _call("statistics", x, wanted)
     return result
 
 
@@ -75,7 +74,7 @@ def class_distances(x: Tensor, means: Tensor | Packed, center: Tensor | None = N
         Distances, float32 [B, K].
     """
     means, center, packed = _unpack_means(means, center)
-    result: Tensor = _call("class_distances", x=x, head=HeadParams("distances", means, None, center, packed))
+    result: Tensor = _call("class_distances", x, HeadParams("distances", means, None, center, packed))
     return result
 
 
@@ -100,13 +99,15 @@ def class_scores(
         Confidence, prediction and log-probabilities of every sample.
 
     Example:
-        >>> x, means = torch.randn(8, 64), torch.randn(10, 64)
-        >>> class_scores(x, means, scale=torch.full((10,), 8.0)).prediction.shape
-        torch.Size([8])
+        import torch
+        from e2cm_ext import ops
+
+        x, means = torch.randn(8, 64), torch.randn(10, 64)
+        confidence, prediction, log_probs = ops.class_scores(x, means, scale=torch.full((10,), 8.0))
     """
     means, center, packed = _unpack_means(means, center)
     head = HeadParams("distances", means, scale, center, packed)
-    return ClassScores(*_call("class_scores", x=x, head=head, statistics=statistics))
+    return ClassScores(*_call("class_scores", x, head, statistics))
 
 
 def linear_scores(
@@ -127,7 +128,7 @@ def linear_scores(
     """
     weight, packed = _unpack_weight(weight)
     head = HeadParams("logits", weight, bias, None, packed)
-    return ClassScores(*_call("linear_scores", x=x, head=head, statistics=statistics))
+    return ClassScores(*_call("linear_scores", x, head, statistics))
 
 
 def exit_step(
@@ -167,18 +168,21 @@ def exit_step(
         IndexError: An id is no row of `out`. On the CPU nothing has been written then.
 
     Example:
-        >>> x, means, out = torch.randn(8, 64), torch.randn(10, 64), Decisions.empty(8, 10)
-        >>> x, ids = exit_step(x, means, torch.full((10,), 8.0), 0.5, torch.arange(8), out)
+        import torch
+        from e2cm_ext import Decisions, ops
+
+        x, means, scale = torch.randn(8, 64), torch.randn(10, 64), torch.full((10,), 8.0)
+        ids, out = torch.arange(8), Decisions.empty(8, num_classes=10)
+        x, ids = ops.exit_step(x, means, scale, 0.5, ids, out)  # the samples that stay
+        out.prediction  # -1 for them
     """
     means, center, packed = _unpack_means(means, center)
     if not _is_tracing():
         done = _try_exit_step(x, means, scale, threshold, ids, out, center, statistics, rule, exit, packed, _threads())
         if done is not None:
             return done
-    result: tuple[Tensor, Tensor] = _call(
-        "exit_step", x=x, head=HeadParams("distances", means, scale, center, packed), statistics=statistics,
-        threshold=threshold, ids=ids, out=out, rule=rule, exit=exit,
-    )  # fmt: skip
+    head = HeadParams("distances", means, scale, center, packed)
+    result: tuple[Tensor, Tensor] = _call("exit_step", x, head, statistics, threshold, ids, out, rule, exit)
     return result
 
 
@@ -218,10 +222,8 @@ def linear_step(
         done = _try_linear_step(x, weight, bias, threshold, ids, out, statistics, rule, exit, packed, _threads())
         if done is not None:
             return done
-    result: tuple[Tensor, Tensor] = _call(
-        "linear_step", x=x, head=HeadParams("logits", weight, bias, None, packed), statistics=statistics,
-        threshold=threshold, ids=ids, out=out, rule=rule, exit=exit,
-    )  # fmt: skip
+    head = HeadParams("logits", weight, bias, None, packed)
+    result: tuple[Tensor, Tensor] = _call("linear_step", x, head, statistics, threshold, ids, out, rule, exit)
     return result
 
 
@@ -259,9 +261,7 @@ def decide(
         done = _try_decide(x, scores, threshold, ids, out, scale, rule, exit, _threads())
         if done is not None:
             return done
-    result: tuple[Tensor, Tensor] = _call(
-        "decide", x=x, scores=scores, threshold=threshold, ids=ids, out=out, scale=scale, rule=rule, exit=exit
-    )
+    result: tuple[Tensor, Tensor] = _call("decide", x, scores, threshold, ids, out, scale, rule, exit)
     return result
 
 
@@ -291,10 +291,7 @@ def decide_masked(
         rule: "confidence" or "entropy".
         exit: The number of this exit, for `out.exit`.
     """
-    _call(
-        "decide_masked", scores=scores, threshold=threshold, pending=pending, ids=ids, out=out, scale=scale, rule=rule,
-        exit=exit,
-    )  # fmt: skip
+    _call("decide_masked", scores, threshold, pending, ids, out, scale, rule, exit)
 
 
 def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,26 +304,32 @@ def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         These samples, in their old order and memory format, and their row numbers in x, int64.
     """
-    result: tuple[Tensor, Tensor] = _call("compact", x=x, keep=keep)
+    result: tuple[Tensor, Tensor] = _call("compact", x, keep)
     return result
 
 
-def _call(name: str, **arguments: Any) -> Any:
+def _call(name: str, *arguments: Any) -> Any:
     """Runs an op now, or as an operator of torch where torch must see it."""
-    if _is_traced(arguments.values()):
-        return call_operator(name, arguments)
-    return run(OPS[name], **arguments)
+    if _is_traced(arguments):
+        return call_operator(name, *arguments)
+    return run(OPS[name], *arguments)
 
 
-def _is_traced(arguments: Iterable[object]) -> bool:
+def _is_traced(arguments: tuple[object, ...]) -> bool:
     """Is a compiler or a dispatch mode at work, or an argument a tensor that is not plain memory?"""
     if _is_tracing():
         return True
     for argument in arguments:
-        for value in argument if isinstance(argument, tuple) else (argument,):  # HeadParams and Decisions are tuples
-            if isinstance(value, Tensor) and type(value) not in _PLAIN:
-                return True
+        if type(argument) in _PLAIN:
+            continue
+        values = argument if isinstance(argument, tuple) else (argument,)  # HeadParams and Decisions are tuples
+        if not _PLAIN.issuperset(map(type, values)) and any(map(_is_other_tensor, values)):
+            return True
     return False
+
+
+def _is_other_tensor(value: object) -> bool:
+    return isinstance(value, Tensor) and type(value) not in _PLAIN
 
 
 def _unpack_means(means: Tensor | Packed, center: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

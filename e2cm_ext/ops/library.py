@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, eager, reference, validation
-from .calls import Batch, HeadParams, MaskedCall
+from .calls import Batch, Departure, HeadParams
 from .eager import Op, run
 from .types import Decisions, Statistics
 
@@ -45,8 +46,9 @@ def _format_of(x: Tensor) -> Batch:
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def _decide_masked(c: MaskedCall) -> None:  # the compiled module has it for CUDA alone
-    reference.decide_masked(c.x, pending=c.pending, scale=c.scale, **c.departure._asdict())
+def _decide_masked(x: Tensor, scores: Batch, scale: Tensor | None, departure: Departure, pending: Tensor) -> None:
+    # Also on the CPU: the compiled module has it for CUDA alone.
+    reference.decide_masked(x, pending=pending, scale=scale, **departure._asdict())
 
 
 # Decisions, as parameters of an operator.
@@ -57,10 +59,10 @@ TABLE = (
     Op(
         "statistics",
         "(Tensor x, SymInt[] wanted) -> Tensor",
-        resolve=lambda x, wanted: validation.resolve_input("wanted", x, wanted),
+        resolve=validation.resolve_statistics,
         cpu=eager.statistics,
         cuda=cuda.statistics,
-        reference=lambda c: reference.statistics(c.x, c.statistics),
+        reference=lambda x, input: reference.statistics(x, input.statistics),
         fake=_fake_statistics,
     ),
     Op(
@@ -69,7 +71,7 @@ TABLE = (
         resolve=validation.resolve_distances,
         cpu=eager.class_distances,
         cuda=cuda.class_distances,
-        reference=lambda c: reference.class_distances(c.x, c.head.vectors, c.head.center).float(),
+        reference=lambda x, input, head: reference.class_distances(x, head.vectors, head.center).float(),
         fake=_fake_distances,
     ),
     Op(
@@ -78,8 +80,8 @@ TABLE = (
         resolve=validation.resolve_scores,
         cpu=eager.scores,
         cuda=cuda.scores,
-        reference=lambda c: reference.class_scores(
-            c.x, c.head.vectors, c.head.per_class, c.head.center, c.input.statistics
+        reference=lambda x, input, head: reference.class_scores(
+            x, head.vectors, head.per_class, head.center, input.statistics
         ),
         fake=_fake_scores,
     ),
@@ -89,7 +91,7 @@ TABLE = (
         resolve=validation.resolve_scores,
         cpu=eager.scores,
         cuda=cuda.scores,
-        reference=lambda c: reference.linear_scores(c.x, c.head.vectors, c.head.per_class, c.input.statistics),
+        reference=lambda x, input, head: reference.linear_scores(x, head.vectors, head.per_class, input.statistics),
         fake=_fake_scores,
     ),
     Op(
@@ -99,13 +101,8 @@ TABLE = (
         resolve=validation.resolve_step,
         cpu=eager.step,
         cuda=cuda.step,
-        reference=lambda c: reference.exit_step(
-            c.x,
-            c.head.vectors,
-            c.head.per_class,
-            **c.departure._asdict(),
-            center=c.head.center,
-            statistics=c.input.statistics,
+        reference=lambda x, input, head, departure: reference.exit_step(
+            x, head.vectors, head.per_class, center=head.center, statistics=input.statistics, **departure._asdict()
         ),
         fake=_fake_survivors,
     ),
@@ -116,8 +113,8 @@ TABLE = (
         resolve=validation.resolve_step,
         cpu=eager.step,
         cuda=cuda.step,
-        reference=lambda c: reference.linear_step(
-            c.x, c.head.vectors, c.head.per_class, **c.departure._asdict(), statistics=c.input.statistics
+        reference=lambda x, input, head, departure: reference.linear_step(
+            x, head.vectors, head.per_class, statistics=input.statistics, **departure._asdict()
         ),
         fake=_fake_survivors,
     ),
@@ -128,7 +125,9 @@ TABLE = (
         resolve=validation.resolve_decide,
         cpu=eager.decide,
         cuda=cuda.decide,
-        reference=lambda c: reference.decide(c.x, c.scores.tensor, **c.departure._asdict(), scale=c.scale),
+        reference=lambda x, f, scores, scale, departure: reference.decide(
+            x, scores.tensor, scale=scale, **departure._asdict()
+        ),
         fake=_fake_survivors,
     ),
     Op(
@@ -147,25 +146,23 @@ TABLE = (
         resolve=validation.resolve_compact,
         cpu=eager.compact,
         cuda=cuda.compact,
-        reference=lambda c: reference.compact(c.x, c.keep),
+        reference=lambda x, f, keep: reference.compact(x, keep),
         fake=_fake_survivors,
     ),
 )
 OPS = {op.name: op for op in TABLE}
 
 
-# ---- operators of torch ---------------------------------------------------------------------------------------------
+# ---- operators of torch: they take tensors and numbers alone, in the order of the schema ----------------------------
+
+# Of each op: (type, name) of each parameter of its operator; the names of the arguments that its function takes.
+_PARAMETERS = {op.name: [tuple(p.split()) for p in op.schema[1 : op.schema.index(") ->")].split(", ")] for op in TABLE}
+_NAMES = {op.name: tuple(inspect.signature(op.resolve).parameters) for op in TABLE}
 
 
-def _parameters(op: Op) -> tuple[tuple[str, str], ...]:
-    """(type, name) of each parameter in the schema."""
-    inside = op.schema[1 : op.schema.index(") ->")]
-    return tuple((kind, name) for kind, name in (parameter.split() for parameter in inside.split(", ")))
-
-
-def _operands(name: str, arguments: dict[str, Any]) -> list[Any]:
-    """The arguments of a function as its operator takes them: tensors and numbers alone, in the order of the schema."""
-    values = dict(arguments)
+def call_operator(name: str, *arguments: Any) -> Any:
+    """Calls the operator of an op with the arguments of its function."""
+    values: dict[str, Any] = dict(zip(_NAMES[name], arguments, strict=True))
     if "head" in values:
         values |= values["head"].named()
     if "out" in values:
@@ -173,34 +170,32 @@ def _operands(name: str, arguments: dict[str, Any]) -> list[Any]:
     for key in ("statistics", "wanted"):
         if isinstance(values.get(key), Statistics):
             values[key] = values[key].numbers
-    if ("Tensor", "threshold") in PARAMETERS[name] and not isinstance(values["threshold"], Tensor):
+    if ("Tensor", "threshold") in _PARAMETERS[name] and not isinstance(values["threshold"], Tensor):
         values["threshold"] = torch.tensor(values["threshold"], dtype=torch.float32)
-    return [values[key] for _, key in PARAMETERS[name]]
+    return OPERATORS[name](*[values[key] for _, key in _PARAMETERS[name]])
 
 
-def _arguments(op: Op, operands: Sequence[Any]) -> dict[str, Any]:
-    """What _operands was given."""
-    values = dict(zip((key for _, key in PARAMETERS[op.name]), operands, strict=True))
-    if _OUT[0] in values:
-        values["out"] = Decisions(*(values.pop(key) for key in _OUT))
+def _arguments(op: Op, operands: Sequence[Any]) -> list[Any]:
+    """The arguments that call_operator was given."""
+    values: dict[str, Any] = dict(zip((key for _, key in _PARAMETERS[op.name]), operands, strict=True))
+    if "means" in values:
+        values["head"] = HeadParams("distances", values["means"], values.get("scale"), values["center"])
+    if "weight" in values:
+        values["head"] = HeadParams("logits", values["weight"], values["bias"])
+    if "prediction" in values:
+        values["out"] = Decisions(*(values[key] for key in _OUT))
     for key in ("statistics", "wanted"):
         if values.get(key) is not None:
             values[key] = Statistics.of_numbers(values[key])
-    if "means" in values:
-        values["head"] = HeadParams(
-            "distances", values.pop("means"), values.pop("scale", None), values.pop("center", None)
-        )
-    if "weight" in values:
-        values["head"] = HeadParams("logits", values.pop("weight"), values.pop("bias"))
-    return values
+    return [values[key] for key in _NAMES[op.name]]
 
 
 def _register(op: Op) -> Any:
     def operator(*operands: Any) -> Any:
-        result = run(op, **_arguments(op, operands))
+        result = run(op, *_arguments(op, operands))
         if not isinstance(result, tuple):
             return result
-        # An operator must not hand back its own inputs, which the eager call does when all survive.
+        # An operator must not return its own inputs, which the function does when all samples survive.
         return tuple(_copy(t) if any(t is operand for operand in operands) else t for t in result)
 
     written = re.findall(r"!\)\??\s*(\w+)", op.schema)
@@ -213,9 +208,4 @@ def _copy(x: Tensor) -> Tensor:
     return _format_of(x).new_rows(x.shape[0]).copy_(x)
 
 
-PARAMETERS = {op.name: _parameters(op) for op in TABLE}
 OPERATORS = {op.name: _register(op) for op in TABLE}
-
-
-def call_operator(name: str, arguments: dict[str, Any]) -> Any:
-    return OPERATORS[name](*_operands(name, arguments))

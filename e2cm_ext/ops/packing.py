@@ -1,4 +1,4 @@
-"""Class means, or the weights of a linear head, made ready for many calls."""
+"""Packing: class means, or the weights of a linear head, brought once into the form that the CPU kernels read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Packed:
-    """`vectors` [K, ...] and their center, and what `pack` has made of them for the CPU's kernels.
+    """Class means or weights with what `pack` has made of them for the CPU kernels.
 
-    An op takes it in the place of class means or weights; no result changes by a bit. It is of this process alone: a
-    copy or a pickle of it packs again. If the tensors have been written to since, an error says so: torch counts most
-    writes, and of those that it does not count (by numpy, other processes, fused optimizers, in inference mode, through
-    `.data`) all are noticed but those that change a few numbers here and there.
+    The ops take it in the place of class means or weights; no result changes by a bit. It belongs to this process: a
+    copy or a pickle of it packs again. If the tensors have been written to since, the next op raises a ValueError.
+    torch counts most writes. Of those that it does not count (by numpy, other processes, fused optimizers, in inference
+    mode, through `.data`) all are noticed but those that change a few numbers here and there.
+
+    Attributes:
+        vectors: The class means or weights, [K, ...].
+        center: Their center, or None.
     """
 
     __slots__ = ("_panels", "_sources", "_state", "center", "vectors")
@@ -53,7 +57,7 @@ class Packed:
         return [_state(t) for t in self._sources if t is not None]
 
     def is_of(self, vectors: Tensor, center: Tensor | None) -> bool:
-        """Of these very tensors, whether or not they have been written to since?"""
+        """Was this made of these tensor objects, whether or not they have been written to since?"""
         return self._sources[0] is vectors and self._sources[1] is center
 
     def is_empty(self) -> bool:
@@ -77,7 +81,7 @@ class Packed:
 
 
 def _state(t: Tensor) -> tuple[Any, ...]:
-    """What differs once a tensor has been written to, or given other memory."""
+    """A value that differs once the tensor has been written to, or given other memory."""
     writes = None if t.is_inference() else t._version
     numbers = (
         native.sampled_hash(t.data_ptr(), t.nbytes) if t.is_contiguous() or validation.is_channels_last(t) else None
@@ -86,12 +90,30 @@ def _state(t: Tensor) -> tuple[Any, ...]:
 
 
 def pack(vectors: Tensor, center: Tensor | None = None) -> Packed:
-    """Makes once what the CPU's kernels make of many class means (with their center) or weights in every call.
+    """Pack class means or weights once, which the CPU kernels otherwise do in every call.
 
-    vectors [K, ...]: means or weights, in the memory order of the features that they will meet (in another order they
-    are packed in vain); center [...]: as in exit_step. With 24 classes or fewer, on a GPU, and for a tensor that is
-    being traced there is nothing to make. The rest takes as much memory as the vectors do in float32, for up to 15
-    classes more.
+    With 24 classes or fewer, on a GPU, and for a tensor that is being traced there is nothing to pack. Otherwise it
+    takes as much memory as the vectors do in float32, for up to 15 classes more.
+
+    Args:
+        vectors: Class means or weights [K, ...], in the memory order of the features that they will be used with; in
+            another order they are packed in vain.
+        center: Center of the class means, as in `exit_step`.
+
+    Returns:
+        An argument for the ops in the place of the class means or weights.
+
+    Raises:
+        TypeError: An argument is not a tensor of floats.
+        ValueError: A shape or a device does not fit.
+
+    Example:
+        import torch
+        from e2cm_ext import ops
+
+        means = torch.randn(100, 512)
+        packed = ops.pack(means, center=means.mean(0))
+        scores = ops.class_scores(torch.randn(8, 512), packed, scale=torch.full((100,), 20.0))
     """
     packed = Packed(vectors, center)
     if not validation.is_tracing() and (type(vectors) in _PLAIN or not isinstance(vectors, Tensor)):
@@ -115,7 +137,7 @@ def _like_one(vectors: Batch, center: Tensor) -> Tensor:
 
 
 class Packing:
-    """What was packed last, for a head that is asked again and again: packed anew if its tensors are others now."""
+    """The last packed tensors of a head, packed again if they have changed."""
 
     def __init__(self) -> None:
         self._last: Packed | None = None
@@ -124,8 +146,9 @@ class Packing:
         last = self._last if self._last is not None and self._last.is_of(vectors, center) else None
         if last is not None and last.is_empty():
             return last
+        # Not packed in inference mode: some changes could not be noticed.
         if validation.is_tracing() or any(t.is_inference() for t in (vectors, center) if t is not None):
-            return Packed(vectors, center)  # of inference mode: some changes could not be noticed
+            return Packed(vectors, center)
         if last is None or not last.is_current():
             last = self._last = pack(vectors, center)
         return last

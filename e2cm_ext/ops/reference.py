@@ -1,7 +1,7 @@
-"""The ops in plain torch, to be read beside the equations: the oracle of every test, and what runs off the CPU.
+"""The ops in plain torch, to be read beside the equations: the oracle of every test.
 
-Everything is computed in the dtype of its inputs (16-bit ones in float32), so float64 in gives a float64 oracle.
-x [B, ...], means [K, ...], scale [K], ids [B]; `center` changes no result here, since distances do not see it.
+They also run on devices without kernels. Arguments and results are those of functional.py. Everything is computed in
+the dtype of its inputs (16-bit ones in float32): float64 inputs give a float64 oracle. `center` changes no result here.
 """
 
 from __future__ import annotations
@@ -97,15 +97,15 @@ def class_scores(
     x: Tensor, means: Tensor, scale: Tensor, center: Tensor | None = None, statistics: Statistics | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Confidence [B], prediction [B] and log-probabilities [B, K] of the nearest-class-mean head."""
-    log_probs = log_probabilities(class_distances(_looked_at(x, statistics), means), scale)
+    log_probs = log_probabilities(class_distances(_read_by_head(x, statistics), means), scale)
     return *best(log_probs), log_probs
 
 
 def linear_scores(
     x: Tensor, weight: Tensor, bias: Tensor, statistics: Statistics | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of a linear head: logits x . weight[k] + bias[k]. A bias of -inf: that class is never predicted."""
-    log_probs = log_softmax(_logits(_looked_at(x, statistics), weight, bias))
+    """class_scores of a linear head: logits x . weight[k] + bias[k]. A bias of -inf: that class is never predicted."""
+    log_probs = log_softmax(_logits(_read_by_head(x, statistics), weight, bias))
     return *best(log_probs), log_probs
 
 
@@ -122,7 +122,7 @@ def exit_step(
     rule: str = "confidence",
     exit: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Rows that leave write their answer into `out` at their ids; the others come back, with their ids."""
+    """The answers of the rows that leave go into `out` at their ids; the other rows are returned, with their ids."""
     log_probs = class_scores(x, means, scale, center, statistics)[2]
     return _depart(x, log_probs, threshold, ids, out, rule, exit)
 
@@ -170,7 +170,7 @@ def decide_masked(
     rule: str = "confidence",
     exit: int = 0,
 ) -> None:
-    """decide for rows that are `pending`; rows that exit no longer are. Without a device synchronisation."""
+    """decide for the rows that are `pending`, without compaction: the host does not wait for the device."""
     log_probs = log_softmax(scores) if scale is None else log_probabilities(_at_least_float32(scores), scale)
     leaving = leaves(log_probs, threshold, rule) & pending
     confidence, prediction = best(log_probs)
@@ -188,7 +188,7 @@ def compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     return x[index], index
 
 
-def _looked_at(x: Tensor, wanted: Statistics | None) -> Tensor:
+def _read_by_head(x: Tensor, wanted: Statistics | None) -> Tensor:
     return x if wanted is None else statistics(x, wanted)
 
 

@@ -97,8 +97,9 @@ class Statistics:
         ValueError: A grid is not a pair of whole numbers, another argument is out of range, or no statistic is wanted.
 
     Example:
-        >>> Statistics(mean=(2, 2), max=(1, 1)).size((64, 8, 8))
-        320
+        from e2cm_ext import Statistics
+
+        Statistics(mean=(2, 2), max=(1, 1)).size((64, 8, 8))  # 320
     """
 
     mean: Grid = (0, 0)

@@ -18,14 +18,9 @@ from .calls import (
     HEAD_NAMES,
     RULES,
     Batch,
-    CompactCall,
-    DecideCall,
     Departure,
-    HeadCall,
     HeadInput,
     HeadParams,
-    MaskedCall,
-    StepCall,
 )
 from .calls import channels_last_format as channels_last_format
 from .types import Decisions, Statistics
@@ -42,7 +37,7 @@ def is_tracing() -> bool:
     return bool(_is_compiling() or _active_modes() or _jit_tracing())
 
 
-# ---- from the arguments of an op to its call ------------------------------------------------------------------------
+# ---- the normalised call of each op: a tuple; its first tensor says where the call runs -----------------------------
 
 
 def resolve_input(name: str, x: Tensor, statistics: Statistics | None) -> HeadInput:
@@ -62,13 +57,17 @@ def resolve_input(name: str, x: Tensor, statistics: Statistics | None) -> HeadIn
 
 def resolve_head(input: HeadInput, head: HeadParams, scored: bool = True) -> HeadParams:
     """The parameters as the kernels read them. Without `scored`, distances alone are wanted, and no scales."""
-    vectors_name, per_class_name = HEAD_NAMES[head.kind]
-    vectors = class_vectors(vectors_name, input, head.vectors)
-    per_class = number_per_class(per_class_name, head.per_class, vectors.shape[0], input.x) if scored else None
-    center = center_of_means(input, head.center)
+    kind, given_vectors, given_per_class, given_center, packed = head
+    vectors_name, per_class_name = HEAD_NAMES[kind]
+    vectors = class_vectors(vectors_name, input, given_vectors)
+    per_class = number_per_class(per_class_name, given_per_class, vectors.size(0), input.x) if scored else None
+    center = None if given_center is None else center_of_means(input, given_center)
+    if vectors is given_vectors and per_class is given_per_class and center is given_center:
+        return head
     # What was packed is of no use if the vectors had to be brought into another order.
-    packed = None if head.packed is None or vectors.data_ptr() != head.vectors.data_ptr() else head.packed
-    return HeadParams(head.kind, vectors, per_class, center, packed)
+    if packed is not None and vectors.data_ptr() != given_vectors.data_ptr():
+        packed = None
+    return HeadParams(kind, vectors, per_class, center, packed)
 
 
 def resolve_departure(
@@ -78,9 +77,18 @@ def resolve_departure(
     return Departure(limit, sample_ids(ids, rows, like), decisions(out, classes, like), rule, number)
 
 
-def resolve_scores(x: Tensor, head: HeadParams, statistics: Statistics | None) -> HeadCall:
+def resolve_statistics(x: Tensor, wanted: Statistics) -> tuple[Tensor, HeadInput]:
+    return x, resolve_input("wanted", x, wanted)
+
+
+def resolve_distances(x: Tensor, head: HeadParams) -> tuple[Tensor, HeadInput, HeadParams]:
+    input = resolve_input("statistics", x, None)
+    return x, input, resolve_head(input, head, scored=False)
+
+
+def resolve_scores(x: Tensor, head: HeadParams, statistics: Statistics | None) -> tuple[Tensor, HeadInput, HeadParams]:
     input = resolve_input("statistics", x, statistics)
-    return HeadCall(x, input, resolve_head(input, head))
+    return x, input, resolve_head(input, head)
 
 
 def resolve_step(
@@ -92,15 +100,10 @@ def resolve_step(
     out: Decisions,
     rule: str,
     exit: object,
-) -> StepCall:
+) -> tuple[Tensor, HeadInput, HeadParams, Departure]:
     _, input, head = resolve_scores(x, head, statistics)
     departure = resolve_departure(threshold, ids, out, rule, exit, input.batch.rows, head.classes, x)
-    return StepCall(x, input, head, departure)
-
-
-def resolve_distances(x: Tensor, head: HeadParams) -> HeadCall:
-    input = resolve_input("statistics", x, None)
-    return HeadCall(x, input, resolve_head(input, head, scored=False))
+    return x, input, head, departure
 
 
 def resolve_decide(
@@ -112,7 +115,7 @@ def resolve_decide(
     scale: Tensor | None,
     rule: str,
     exit: object,
-) -> DecideCall:
+) -> tuple[Tensor, Batch, Batch, Tensor | None, Departure]:
     f = batch("x", x)
     s = features("scores", scores)
     if scores.dim() != 2 or s.rows != f.rows or s.dim < 1:
@@ -120,7 +123,7 @@ def resolve_decide(
     same_device("scores", scores, x)
     if scale is not None:
         scale = number_per_class("scale", scale, s.dim, x)
-    return DecideCall(x, f, s, scale, resolve_departure(threshold, ids, out, rule, exit, f.rows, s.dim, x))
+    return x, f, s, scale, resolve_departure(threshold, ids, out, rule, exit, f.rows, s.dim, x)
 
 
 def resolve_decide_masked(
@@ -132,7 +135,7 @@ def resolve_decide_masked(
     scale: Tensor | None,
     rule: str,
     exit: object,
-) -> MaskedCall:
+) -> tuple[Tensor, Batch, Tensor | None, Departure, Tensor]:
     s = features("scores", scores)
     if scores.dim() != 2 or s.dim < 1:
         raise ValueError(f"`scores` has shape {list(scores.shape)}; wanted [batch, classes]")
@@ -141,12 +144,12 @@ def resolve_decide_masked(
     if scale is not None:
         scale = number_per_class("scale", scale, s.dim, scores)
     departure = resolve_departure(threshold, ids, out, rule, exit, s.rows, s.dim, scores)
-    return MaskedCall(scores, s, scale, departure, pending)
+    return scores, s, scale, departure, pending
 
 
-def resolve_compact(x: Tensor, keep: Tensor) -> CompactCall:
+def resolve_compact(x: Tensor, keep: Tensor) -> tuple[Tensor, Batch, Tensor]:
     f = batch("x", x)
-    return CompactCall(x, f, keep_mask(keep, f.rows, x))
+    return x, f, keep_mask(keep, f.rows, x)
 
 
 # ---- single arguments -----------------------------------------------------------------------------------------------
@@ -224,10 +227,8 @@ def class_vectors(name: str, input: HeadInput, rows: Tensor) -> Tensor:
     return in_order_of(input, rows)
 
 
-def center_of_means(input: HeadInput, center: Tensor | None) -> Tensor | None:
+def center_of_means(input: HeadInput, center: Tensor) -> Tensor:
     """The center as float32 in the memory order of what is read."""
-    if center is None:
-        return None
     center = strided("center", center, "a float32 tensor [features] or None")
     if not center.is_floating_point():
         raise TypeError(f"`center` is a {_kind(center)}; wanted a float32 tensor [features] or None")
